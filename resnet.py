@@ -1,0 +1,203 @@
+"""Pre-activation ResNet for 32x32 images, built as a TensorFlow 1.x graph on either stack.
+
+He et al. 2015 (arXiv:1512.03385, section 4.2: depth 6n + 2, 16/32/64 filters, identity shortcuts)
+with the pre-activation units of He et al. 2016 (arXiv:1603.05027). Departures, all of the 2020
+original: leaky ReLU; the stride of a group's first unit sits on its second convolution;
+shortcuts are average-pooled; the L2 loss covers the kernels alone.
+
+    with tf.Graph().as_default():
+        net = ResNet(make_preset(4))      # placeholders X, Y; logit/predictions; accuracy/accuracy
+"""
+import contextlib
+import math
+import os
+import sys
+import warnings
+import zlib
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')   # TensorFlow's own noise, fatal errors apart
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # off by default where there is only AVX2: twice the time
+
+
+@contextlib.contextmanager
+def _silence():
+    """Nothing on stderr. TensorFlow 2.21 writes there on import, before it reads any log level."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # 1.15 on NumPy 1.17 to 1.19: FutureWarnings about dtypes
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+with _silence():
+    import tensorflow.compat.v1 as tf
+tf.logging.set_verbosity(tf.logging.ERROR)
+tf.disable_v2_behavior()
+
+FILTERS = (16, 16, 32, 64)  # first convolution, then the three groups
+KERNEL = 3                  # height and width of every convolution
+BN_EPSILON = 0.001
+BN_MOMENTUM = 0.9
+SGD_MOMENTUM = 0.9
+
+
+class ResNet:
+    """The network of a preset: an inference form and, for training, a second form on the same variables.
+
+    X            float32 [N, 32, 32, 3] in [-1, 1], placeholder
+    Y            float32 [N, num_classes], one-hot, placeholder
+    logits       float32 [N, num_classes]
+    probabilities  float32 [N, num_classes], softmax of the logits
+    predictions  int64 [N], the likeliest class
+    loss         float32 [], mean cross entropy + l2_reg_lambda * L2 loss of every kernel
+    accuracy     float32 [], 0 to 1
+
+    These normalize with the moving statistics, so an image's prediction does not depend on its
+    neighbours in the batch. With `training`, the same quantities under the batch's own statistics,
+    and what changes the variables:
+
+    training_loss, training_accuracy  float32 []
+    learning_rate    float32 [], placeholder
+    train_step       one step of SGD with momentum, which also moves the statistics
+    refresh_statistics(session, batches)
+    """
+
+    def __init__(self, preset, training=True):
+        self.preset = preset
+        self.X = tf.placeholder(tf.float32, [None, 32, 32, 3], name='X')
+        self.Y = tf.placeholder(tf.float32, [None, preset.num_classes], name='Y')
+        self.global_step = tf.train.get_or_create_global_step()
+        self._moves = []  # assignments to the moving statistics
+        self.logits = self._network(self.X, training=False)
+        with tf.name_scope('logit/'):
+            self.predictions = tf.argmax(self.logits, 1, name='predictions')
+            self.probabilities = tf.nn.softmax(self.logits, name='probabilities')
+        self.loss, self.accuracy = self._loss_and_accuracy(self.logits)
+        if training:
+            self._build_training()
+
+    def _build_training(self):
+        with tf.name_scope('training'):
+            self.learning_rate = tf.placeholder(tf.float32, [], name='learning_rate')
+            self._statistics_momentum = tf.placeholder_with_default(BN_MOMENTUM, [], name='statistics_momentum')
+            logits = self._network(self.X, training=True)
+            self.training_loss, self.training_accuracy = self._loss_and_accuracy(logits)
+            self._move_statistics = tf.group(*self._moves)
+            with tf.control_dependencies(self._moves):
+                self.train_step = tf.train.MomentumOptimizer(self.learning_rate, SGD_MOMENTUM).minimize(
+                    self.training_loss, self.global_step)
+
+    def refresh_statistics(self, session, batches):
+        """Sets the moving statistics to their plain average over `batches` of X, at the weights as they are.
+
+        Moving averages lag behind weights that still change fast: on the 2020 study's preset 2 they
+        cost 4.6 points of test accuracy. Do this before the network is judged or saved.
+        """
+        for k, images in enumerate(batches):
+            session.run(self._move_statistics, {self.X: images, self._statistics_momentum: k / (k + 1)})
+
+    def count_parameters(self):
+        """Trainable numbers: kernels, gammas, betas and the last layer's biases."""
+        return sum(variable.shape.num_elements() for variable in tf.trainable_variables())
+
+    # -------------------------------------------------------------------------- the table
+
+    def _network(self, x, training):
+        """X [N, 32, 32, 3] to logits [N, num_classes]."""
+        with tf.variable_scope('init', reuse=training):
+            x = self._convolution(x, 'init_conv', FILTERS[0])                      # [N, 32, 32, 16]
+        for group in (1, 2, 3):
+            for i in range(self.preset.num_residual_units):
+                stride = 2 if group > 1 and i == 0 else 1                          # [N, 16, 16, 32] from unit_2_0,
+                with tf.variable_scope('unit_{}_{}'.format(group, i), reuse=training):  # [N, 8, 8, 64] from unit_3_0
+                    x = self._unit(x, FILTERS[group], stride, training, activate_before_split=group == 1 and i == 0)
+        with tf.variable_scope('unit_last', reuse=training):
+            x = self._activation(x, 'final_bn', training)
+        x = tf.reduce_mean(x, [1, 2])                                              # [N, 64]
+        with tf.variable_scope('logit', reuse=training):
+            return self._fully_connected(x, self.preset.num_classes)               # [N, num_classes]
+
+    def _unit(self, x, filters, stride, training, activate_before_split):
+        """Two convolutions, each after its activation, plus the shortcut; the second one strides."""
+        if activate_before_split:
+            with tf.variable_scope('common_activation'):
+                shortcut = x = self._activation(x, 'init_bn', training)
+        else:
+            shortcut = x
+            with tf.variable_scope('residual_activation'):
+                x = self._activation(x, 'init_bn', training)
+        with tf.variable_scope('sub1'):
+            x = self._convolution(x, 'conv1', filters)
+        with tf.variable_scope('sub2'):
+            x = self._activation(x, 'bn2', training)
+            x = self._convolution(x, 'conv2', filters, stride)
+        return x + _match(shortcut, filters, stride)
+
+    # -------------------------------------------------------------------------- layers
+
+    def _activation(self, x, name, training):
+        """Batch normalization, then leaky ReLU; shape unchanged."""
+        return tf.nn.leaky_relu(self._batch_norm(x, name, training), self.preset.relu_leakiness)
+
+    def _batch_norm(self, x, name, training):
+        channels = x.shape[-1].value
+        with tf.variable_scope(name):
+            beta = tf.get_variable('beta', [channels], initializer=tf.zeros_initializer())
+            gamma = tf.get_variable('gamma', [channels], initializer=tf.ones_initializer())
+            mean = tf.get_variable('moving_mean', [channels], initializer=tf.zeros_initializer(), trainable=False)
+            variance = tf.get_variable('moving_variance', [channels], initializer=tf.ones_initializer(),
+                                       trainable=False)
+            if not training:
+                return tf.nn.fused_batch_norm(x, gamma, beta, mean, variance, BN_EPSILON, is_training=False)[0]
+            y, *batch = tf.nn.fused_batch_norm(x, gamma, beta, epsilon=BN_EPSILON, is_training=True)
+            for moving, now in zip((mean, variance), batch):
+                self._moves.append(tf.assign_sub(moving, (moving - now) * (1 - self._statistics_momentum)))
+            return y
+
+    def _convolution(self, x, name, filters, stride=1):
+        """3x3, SAME, no bias."""
+        with tf.variable_scope(name) as scope:
+            deviation = math.sqrt(2 / (KERNEL * KERNEL * filters))
+            kernel = tf.get_variable('DW', [KERNEL, KERNEL, x.get_shape().as_list()[-1], filters],
+                                     initializer=tf.random_normal_initializer(stddev=deviation, seed=self._seed(scope)))
+            return tf.nn.conv2d(x, kernel, strides=[1, stride, stride, 1], padding='SAME')
+
+    def _fully_connected(self, x, width):
+        """Kernel uniform in +-sqrt(3 / inputs), which keeps the variance: uniform unit scaling, factor 1."""
+        inputs = x.get_shape().as_list()[-1]
+        limit = math.sqrt(3 / inputs)
+        kernel = tf.get_variable('DW', [inputs, width], initializer=tf.random_uniform_initializer(
+            -limit, limit, seed=self._seed(tf.get_variable_scope())))
+        return tf.nn.xw_plus_b(x, kernel, tf.get_variable('biases', [width], initializer=tf.zeros_initializer()))
+
+    def _seed(self, scope):
+        """A kernel's seed depends on the run's seed and its name, not on what else is in the graph."""
+        return zlib.crc32('{} {}'.format(self.preset.seed, scope.name).encode()) & 0x7fffffff
+
+    # -------------------------------------------------------------------------- judgement
+
+    def _loss_and_accuracy(self, logits):
+        with tf.name_scope('loss'):
+            cross_entropy = tf.nn.softmax_cross_entropy_with_logits_v2(labels=self.Y, logits=logits)
+            kernels = [variable for variable in tf.trainable_variables() if variable.op.name.endswith('/DW')]
+            l2 = tf.add_n([tf.nn.l2_loss(kernel) for kernel in kernels])
+            loss = tf.add(tf.reduce_mean(cross_entropy), self.preset.l2_reg_lambda * l2, name='loss')
+        with tf.name_scope('accuracy'):
+            hits = tf.equal(tf.argmax(logits, 1), tf.argmax(self.Y, 1))
+            return loss, tf.reduce_mean(tf.cast(hits, tf.float32), name='accuracy')
+
+
+def _match(shortcut, filters, stride):
+    """The shortcut in the shape of a unit's output: 2x2 average pooling, zero channels on both sides."""
+    missing = filters - shortcut.shape[-1].value
+    if stride > 1:
+        shortcut = tf.nn.avg_pool(shortcut, [1, stride, stride, 1], [1, stride, stride, 1], 'VALID')
+    if missing:
+        shortcut = tf.pad(shortcut, [[0, 0], [0, 0], [0, 0], [missing // 2, missing - missing // 2]])
+    return shortcut
