@@ -1,0 +1,276 @@
+"""Trains one preset on CIFAR-10, keeps the best and the latest weights, and records what came out.
+
+    python resnet_train.py --preset 4
+    python resnet_train.py --preset 4 --lr 0.05 --seed 1 --max_steps 2000
+
+Ctrl-C once ends a training cleanly: validated, saved and recorded. Twice breaks it off.
+"""
+import contextlib
+import glob
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+import data_helpers
+from presets_and_results import (HYPERPARAMETERS, PRESETS, ArgumentParser, ProgressLine, exit_on_input_error,
+                                 make_preset, start_run)
+# TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
+
+DECAY_STEPS = 24000       # training steps between decays of the learning rate
+SUMMARY_EVERY = 10        # training steps between points of the training curves
+EVALUATION_BATCH = 500    # images; more are no faster, and cost memory
+REFRESH_IMAGES = 4000     # training images that the statistics are averaged over before a network is judged
+REFRESH_BATCH = 500       # images
+
+
+def learning_rate(preset, step):
+    """The rate of training step `step`, counted from 0: lr * lr_decay ** floor(step / 24000)."""
+    return preset.lr * preset.lr_decay ** (step // DECAY_STEPS)
+
+
+def make_session(preset):
+    """The one place where a session is made, on the current default graph."""
+    from resnet import tf
+    config = tf.ConfigProto(allow_soft_placement=preset.allow_soft_placement,
+                            log_device_placement=preset.log_device_placement)
+    config.gpu_options.allow_growth = True  # leaves the rest of the GPU's memory to others
+    return tf.Session(config=config)
+
+
+def train(preset, data_dir, output_dir):
+    """Trains `preset` (a Preset) and returns it with its results, which are then on disk too.
+
+    CIFAR-10 is in data_dir or is fetched to it; INFOS/ and runs/ go to output_dir.
+    Raises InputError on data or folders that cannot be used.
+    """
+    images, labels = data_helpers.load(data_dir, data_helpers.TRAIN_FILES)
+    training, validation = [(images[part], labels[part]) for part in data_helpers.split(len(labels), preset.seed)]
+    del images
+    start_run(preset, output_dir)
+
+    print('Loading TensorFlow ...', flush=True)
+    from resnet import ResNet, tf
+    with tf.Graph().as_default():
+        net = ResNet(preset)
+        with make_session(preset) as session, _stop_request() as stop:
+            session.run(tf.global_variables_initializer())
+            run = Run(preset, net, session, output_dir, len(training[0]))
+            run.announce(data_dir, len(training[0]), len(validation[0]))
+            batches = data_helpers.training_batches(*training, preset.batch_size, preset.seed,
+                                                    preset.data_augmentation)
+            for step, (x, y) in enumerate(batches, 1):
+                run.train_step(step, x, data_helpers.one_hot(y, preset.num_classes))
+                ending = step == run.last_step or bool(stop)
+                validating = ending or step % preset.evaluate_every == 0
+                saving = ending or step % preset.checkpoint_every == 0
+                if ending and step < run.last_step:
+                    print('\nStopping: validating and saving; Ctrl-C again breaks it off.', flush=True)
+                if validating or saving:
+                    net.refresh_statistics(session, _refreshing_batches(training[0]))
+                if validating:
+                    run.validate(step, *validation)
+                if saving:
+                    run.save(step)
+                if ending:
+                    return run.finish('complete' if step == run.last_step else 'interrupted')
+
+
+class Run:
+    """A training at work, and what it writes: console, summaries, checkpoints, the pickle.
+
+    Steps are counted from 1; a checkpoint or validation of step s has seen s batches.
+    """
+
+    def __init__(self, preset, net, session, output_dir, n_training):
+        from resnet import tf
+        self.preset, self.net, self.session, self.output_dir = preset, net, session, output_dir
+        self.steps_per_epoch = data_helpers.steps_per_epoch(n_training, preset.batch_size)
+        self.last_step = min(preset.num_epochs * self.steps_per_epoch, preset.max_steps or sys.maxsize)
+        self.run_dir = preset.run_dir(output_dir)
+        self.saver = tf.train.Saver(max_to_keep=None, save_relative_paths=True)
+        self.writers = {name: tf.summary.FileWriter(os.path.join(self.run_dir, 'summaries', name))
+                        for name in ('train', 'dev')}
+        self.writers['train'].add_graph(session.graph)
+        self.best_steps = []
+        self.started, self.progress = time.time(), ProgressLine()
+        self.training_seconds, self.trained_images = 0.0, 0
+        preset.update(dict(status='training', device=_device(session), tensorflow_version=tf.__version__,
+                           python_version=platform.python_version()))
+
+    def announce(self, data_dir, n_training, n_validation):
+        """Says what runs, on what, and where it writes."""
+        print('Preset {0.preset}: {0.model} (n = {0.num_residual_units}), {1:,} parameters\n'
+              '  recipe  learning rate {0.lr:g} x {0.lr_decay:g} every {2:,} steps, L2 {0.l2_reg_lambda:g}, '
+              'batch {0.batch_size}, augmentation {3}, seed {0.seed}\n'
+              '  length  {4:,} steps, {5:.4g} epochs\n'
+              '  data    {6:,} training and {7:,} validation images from {8}\n'
+              '  device  {0.device}; TensorFlow {0.tensorflow_version}, Python {0.python_version}\n'
+              '  writes  {9} and {10}'.format(
+                  self.preset, self.net.count_parameters(), DECAY_STEPS,
+                  'on' if self.preset.data_augmentation else 'off',
+                  self.last_step, self.last_step / self.steps_per_epoch, n_training, n_validation, data_dir,
+                  self.run_dir, os.path.join(self.output_dir, 'INFOS')), flush=True)
+
+    def train_step(self, step, x, y):
+        """One step of SGD on a batch; a point of the curves and the progress line now and then."""
+        rate = learning_rate(self.preset, step - 1)
+        began = time.time()
+        _, loss, accuracy = self.session.run(
+            [self.net.train_step, self.net.training_loss, self.net.training_accuracy],
+            {self.net.X: x, self.net.Y: y, self.net.learning_rate: rate})
+        if step > 1:  # the first one also sets TensorFlow up
+            self.training_seconds += time.time() - began
+            self.trained_images += len(x)
+        if step % SUMMARY_EVERY == 0:
+            self._summarize('train', step, loss=loss, accuracy=accuracy, learning_rate=rate,
+                            images_per_second=self._images_per_second())
+        left = (time.time() - self.started) / step * (self.last_step - step)
+        self.progress('step {:,}/{:,}  epoch {:.2f}  loss {:.4f}  accuracy {:.3f}  lr {:.4g}  {:,.0f} images/s  {} left',
+                      step, self.last_step, step / self.steps_per_epoch, loss, accuracy, rate,
+                      self._images_per_second(), _duration(left))
+
+    def validate(self, step, images, labels):
+        """Judges the weights on the validation images; a new best is saved and recorded."""
+        loss, predictions = evaluate(self.net, self.session, images, labels)
+        accuracy = float((predictions == labels).mean())
+        self._summarize('dev', step, loss=loss, accuracy=accuracy)
+        best = self.preset.val_accuracy is None or accuracy > self.preset.val_accuracy
+        if best:
+            self.best_steps = (self.best_steps + [step])[-self.preset.num_checkpoints:]
+            self.preset.update(dict(val_accuracy=accuracy, early_stopping_epoch=step))
+            self.save(step)
+        self.progress.row('validation  step {:,}  epoch {:.2f}  loss {:.4f}  accuracy {:.4f}{}'.format(
+            step, step / self.steps_per_epoch, loss, accuracy, '  best' if best else ''))
+
+    def save(self, step):
+        """Writes checkpoint model-<step>, then the record, then removes what is neither best nor latest.
+
+        In this order, so that at any moment the record points to a checkpoint that is there.
+        """
+        self.saver.save(self.session, checkpoint_path(self.run_dir, step), write_meta_graph=False)
+        self.preset.update(dict(steps=step, training_time=(time.time() - self.started) / 60,
+                                images_per_second=self._images_per_second()))
+        self.preset.save(self.output_dir)
+        for old in checkpoint_steps(self.run_dir):
+            if old != step and old not in self.best_steps:
+                for path in glob.glob(glob.escape(checkpoint_path(self.run_dir, old)) + '.*'):
+                    os.unlink(path)
+
+    def finish(self, status):
+        """Records the end of the run, after its last save, and returns its Preset."""
+        for writer in self.writers.values():
+            writer.close()
+        self.preset.status = status
+        self.preset.save(self.output_dir)
+        self.preset.log(self.output_dir, 'train_overall.txt')
+        print('Run {0.timestamp} is {0.status}: best validation accuracy {0.val_accuracy:.4f} at step '
+              '{0.early_stopping_epoch:,}; {0.training_time:.1f} minutes. Test it with:\n'
+              '  python resnet_eval.py --timestamp {0.timestamp}'.format(self.preset))
+        return self.preset
+
+    def _images_per_second(self):
+        return self.trained_images / self.training_seconds if self.training_seconds else 0.0
+
+    def _summarize(self, writer, step, **values):
+        from resnet import tf
+        self.writers[writer].add_summary(tf.Summary(value=[
+            tf.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]), step)
+
+
+def evaluate(net, session, images, labels):
+    """Judges the inference form on uint8 [N, 32, 32, 3] and int64 [N].
+
+    Returns the mean loss, a float, and the predictions, int64 [N].
+    """
+    losses, predictions, progress = [], [], ProgressLine()
+    for i in range(0, len(images), EVALUATION_BATCH):
+        progress('judged {:,} of {:,} images', i, len(images))
+        now = slice(i, i + EVALUATION_BATCH)
+        loss, predicted = session.run([net.loss, net.predictions], {
+            net.X: data_helpers.scale(images[now]),
+            net.Y: data_helpers.one_hot(labels[now], net.preset.num_classes)})
+        losses.append(loss * len(predicted))
+        predictions.append(predicted)
+    return float(sum(losses)) / len(images), np.concatenate(predictions)
+
+
+def checkpoint_path(run_dir, step):
+    """Prefix of a checkpoint's files."""
+    return os.path.join(run_dir, 'checkpoints', 'model-{}'.format(step))
+
+
+def checkpoint_steps(run_dir):
+    """Steps whose checkpoints are whole, ascending. TensorFlow moves the index into place last."""
+    names = os.listdir(os.path.join(run_dir, 'checkpoints')) if os.path.isdir(os.path.join(run_dir, 'checkpoints')) else []
+    return sorted(int(match.group(1)) for match in (re.match(r'model-(\d+)\.index$', name) for name in names) if match)
+
+
+def _refreshing_batches(images):
+    """The first training images (they are shuffled), as they are: the test images are not augmented either."""
+    images, progress = images[:REFRESH_IMAGES], ProgressLine()
+    for i in range(0, len(images), REFRESH_BATCH):
+        progress('averaged the statistics of {:,} of {:,} images', i, len(images))
+        yield data_helpers.scale(images[i:i + REFRESH_BATCH])
+
+
+@contextlib.contextmanager
+def _stop_request():
+    """A list that fills on Ctrl-C or SIGTERM, for the loop to end in its own time; the second one raises."""
+    asked = []
+
+    def handler(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, action in previous.items():
+            signal.signal(number, action)
+
+
+def _device(session):
+    """'2 x Tesla T4' or the processor's name and cores."""
+    gpus = sum(device.device_type == 'GPU' for device in session.list_devices())
+    try:
+        if gpus:
+            names = subprocess.check_output(['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'], text=True)
+            return '{} x {}'.format(gpus, names.splitlines()[0])
+        with open('/proc/cpuinfo') as file:
+            name = re.search(r'model name\s*: (.*)', file.read()).group(1)
+    except (OSError, subprocess.SubprocessError, AttributeError, IndexError):
+        name = platform.processor() or platform.machine()
+    return '{} x GPU'.format(gpus) if gpus else 'CPU: {}, {} cores'.format(name, os.cpu_count())
+
+
+def _duration(seconds):
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return '{}h{:02}m'.format(hours, minutes) if hours else '{}m{:02}s'.format(minutes, int(seconds) % 60)
+
+
+@exit_on_input_error
+def main(arguments=None):
+    presets = '\n'.join('  {}  {:9} {}'.format(number, preset.model, '  '.join(
+        '{} {:g}'.format(name, getattr(preset, name)) for name in (
+            'lr', 'lr_decay', 'l2_reg_lambda', 'num_residual_units', 'batch_size', 'num_epochs')))
+        for number, preset in ((number, make_preset(number)) for number in PRESETS))
+    parser = ArgumentParser(description=__doc__, epilog='presets:\n' + presets)
+    parser.add_argument('--preset', type=int, default=0, metavar='N', help='what to train, see below (default: 0)')
+    group = parser.add_argument_group('hyperparameters, in place of the preset\'s')
+    for name, field in HYPERPARAMETERS.items():
+        group.add_argument('--' + name, metavar=field.type.__name__.upper(), help=field.help)
+    flags = vars(parser.parse_args(arguments))
+    overrides = {name: flags[name] for name in HYPERPARAMETERS if flags[name] is not None}
+    train(make_preset(flags['preset'], **overrides), flags['data_dir'], flags['output_dir'])
+
+
+if __name__ == '__main__':
+    main()
