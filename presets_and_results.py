@@ -177,7 +177,8 @@ FIELDS = dict(
 )
 
 PRESETS = {
-    0: dict(num_residual_units=1, num_epochs=5),
+    0: dict(num_residual_units=1, l2_reg_lambda=0.0003, batch_size=64, num_epochs=6, evaluate_every=352,
+            checkpoint_every=352, data_augmentation=False),  # a first look: too short for augmentation to pay
     1: dict(num_residual_units=5, lr_decay=1.0),
     2: dict(num_residual_units=5, lr_decay=0.96),
     3: dict(num_residual_units=3, lr_decay=0.96),

@@ -1,0 +1,174 @@
+import collections
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from presets_and_results import (COLUMNS, PRESETS, InputError, Preset, load_preset, load_presets, make_preset,
+                                 read_preset, start_run, write_atomically)
+
+TABLE = {  # the study's
+    1: ('ResNet32', 0.1, 1, 0.001, 0.1, 5),
+    2: ('ResNet32', 0.1, 0.96, 0.001, 0.1, 5),
+    3: ('ResNet20', 0.1, 0.96, 0.001, 0.1, 3),
+    4: ('ResNet56', 0.1, 0.96, 0.001, 0.1, 9),
+    5: ('ResNet56', 0.1, 0.90, 0.001, 0.1, 9),
+}
+OLD_COLUMNS = (
+    'preset model optimizer activation_function weight_initialization normalization lr lr_decay l2_reg_lambda '
+    'relu_leakiness num_residual_units num_classes batch_size num_epochs evaluate_every checkpoint_every '
+    'num_checkpoints data_augmentation allow_soft_placement log_device_placement timestamp training_time '
+    'early_stopping_epoch val_accuracy test_accuracy finished').split()
+
+
+@pytest.mark.parametrize('number', TABLE)
+def test_presets_are_the_study_s(number):
+    preset = make_preset(number)
+    assert (preset.model, preset.lr, preset.lr_decay, preset.l2_reg_lambda, preset.relu_leakiness,
+            preset.num_residual_units) == TABLE[number]
+    assert (preset.num_classes, preset.batch_size, preset.num_epochs, preset.evaluate_every, preset.checkpoint_every,
+            preset.num_checkpoints, preset.data_augmentation) == (10, 128, 200, 100, 100, 3, True)
+    assert (preset.optimizer, preset.activation_function, preset.weight_initialization, preset.normalization) == (
+        'SGD (Momentum)', 'ReLU', 'He_normal', 'Batch Norm')
+
+
+def test_preset_0_is_small():
+    assert make_preset(0).model == 'ResNet8' and set(PRESETS) == {0, 1, 2, 3, 4, 5}
+
+
+def test_columns_begin_as_in_2020():
+    assert list(COLUMNS[:26]) == OLD_COLUMNS
+
+
+@pytest.mark.parametrize('overrides, message', [
+    ({'batch_size': 0}, 'batch_size must be a whole number from 1'), ({'batch_size': '1.5'}, 'batch_size'),
+    ({'lr': 'abc'}, "lr must be a number .* not 'abc'"), ({'lr': 'nan'}, 'lr'), ({'lr': 'inf'}, 'lr'),
+    ({'lr': -1}, 'lr'), ({'lr': 0}, 'lr'), ({'lr_decay': 1.1}, 'lr_decay'), ({'num_residual_units': 0}, 'num_res'),
+    ({'num_classes': 9}, 'num_classes'), ({'data_augmentation': 'maybe'}, 'true or false'), ({'seed': -1}, 'seed'),
+    ({'max_steps': 0}, 'max_steps'), ({'max_steps': 1.5}, 'max_steps'), ({'learning_rate': 1}, 'learning_rate'),
+    ({'relu_leakiness': [0.1]}, 'relu_leakiness'), ({'device': 7}, 'device must be text')])
+def test_bad_values_are_refused(overrides, message):
+    with pytest.raises(InputError, match=message):
+        make_preset(3, **overrides)
+
+
+def test_overrides_take_text_and_change_the_model():
+    preset = make_preset(3, num_residual_units='18', lr='1e-2', data_augmentation='False')
+    assert (preset.model, preset.depth, preset.lr, preset.data_augmentation) == ('ResNet110', 110, 0.01, False)
+    with pytest.raises(InputError, match='no preset 9; choose one of 0, 1'):
+        make_preset(9)
+
+
+def test_pickle_round_trip(tmp_path):
+    preset = make_preset(4, seed=7)
+    start_run(preset, str(tmp_path))
+    preset.update(dict(val_accuracy=0.5, early_stopping_epoch=300, device='GPU'))
+    preset.save(str(tmp_path))
+    path = tmp_path / 'INFOS' / 'pickles' / '4_{}.pickle'.format(preset.timestamp)
+    assert vars(read_preset(str(path))) == vars(preset)
+    assert type(pickle.loads(path.read_bytes())) is Preset  # any program that has the class reads it too
+    assert os.listdir(str(path.parent)) == [path.name]
+
+
+def old_pickle(tmp_path, name='1_1601857360', cls=Preset, **state):
+    """A pickle as the 2020 scripts left it: no newer attributes, NumPy scalars, protocol 3."""
+    old = cls.__new__(cls)
+    old.__dict__.update(preset=1, model='ResNet32', num_residual_units=5, timestamp='1601857360',
+                        val_accuracy=np.float32(0.5), early_stopping_epoch=np.int64(68600), finished=np.bool_(True))
+    old.__dict__.update(state)
+    path = tmp_path / 'INFOS' / 'pickles' / (name + '.pickle')
+    write_atomically(str(path), pickle.dumps(old, protocol=3))
+    return path
+
+
+def test_an_old_pickle_loads_with_numpy_scalars_and_defaults(tmp_path):
+    preset = read_preset(str(old_pickle(tmp_path)))
+    assert (preset.timestamp, preset.val_accuracy, preset.early_stopping_epoch) == (1601857360, 0.5, 68600)
+    assert preset.finished is True and preset.seed == 0 and preset.status is None
+    assert type(preset.val_accuracy) is float and type(preset.early_stopping_epoch) is int
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, ('touch {}'.format(self.path),)
+
+
+@pytest.mark.parametrize('state, message', [
+    ({'device': collections.OrderedDict()}, 'collections.OrderedDict'),
+    ({'val_accuracy': np.zeros(3)}, r'numpy\.\w*core\.multiarray\._reconstruct'), ({'device': ['a']}, 'device is of type list'),
+    ({'surprise': 1}, 'surprise'), ({'timestamp': '../../etc'}, 'timestamp'), ({'lr': 'abc'}, 'lr'),
+    ({'val_accuracy': np.complex64(1)}, 'val_accuracy'), ({'device': Preset()}, 'device')])
+def test_anything_but_plain_values_is_refused_by_name(state, message, tmp_path, capsys):
+    old_pickle(tmp_path, name='1_7', timestamp=7)
+    bad = old_pickle(tmp_path, **state)
+    with pytest.raises(InputError, match=message) as error:
+        read_preset(str(bad))
+    assert str(bad) in str(error.value)
+    assert [preset.timestamp for preset in load_presets(str(tmp_path))] == [7]
+    assert str(bad) in capsys.readouterr().err
+
+
+def test_a_pickle_runs_no_code(tmp_path):
+    for number, value in enumerate([Touch(str(tmp_path / 'touched')), [Touch(str(tmp_path / 'touched'))]]):
+        path = old_pickle(tmp_path, device=value)
+        with pytest.raises(InputError, match='posix.system|nt.system'):
+            read_preset(str(path))
+    write_atomically(str(path), pickle.dumps(Touch(str(tmp_path / 'touched'))))
+    with pytest.raises(InputError, match='posix.system|nt.system'):
+        read_preset(str(path))
+    assert not (tmp_path / 'touched').exists()
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'no pickle', b'\x80\x04', pickle.dumps(7), pickle.dumps({'lr': 1}), b'cpresets_and_results\nPreset\n.',
+    b'cpresets_and_results\nPreset\n)\x81]b.', b'\x80\x02K\x01r\xff\xff\xff\x7f.', b'x' * (2 << 20)])
+def test_damaged_pickles_are_refused(content, tmp_path):
+    path = tmp_path / 'a.pickle'
+    path.write_bytes(content)
+    with pytest.raises(InputError, match='a.pickle is refused'):
+        read_preset(str(path))
+
+
+def test_loading_by_timestamp(tmp_path):
+    with pytest.raises(InputError, match='resnet_train.py --preset 0'):
+        load_preset(str(tmp_path))
+    old_pickle(tmp_path, name='1_30', timestamp=30)
+    old_pickle(tmp_path, name='2_200', timestamp=200, preset=2)
+    assert load_preset(str(tmp_path)).timestamp == 200
+    assert load_preset(str(tmp_path), '30').timestamp == 30
+    with pytest.raises(InputError, match='no run 31; known: 30, 200'):
+        load_preset(str(tmp_path), 31)
+
+
+def test_runs_of_one_second_get_timestamps_of_their_own(tmp_path):
+    presets = [make_preset(0) for _ in range(5)]
+    folders = {start_run(preset, str(tmp_path)) for preset in presets}
+    assert len(folders) == 5 == len({preset.timestamp for preset in presets})
+
+
+def test_logs(tmp_path):
+    preset = make_preset(2)
+    preset.update(dict(timestamp=5, val_accuracy=0.86789, device='a\tb\nc'))
+    preset.log(str(tmp_path), 'train_overall.txt')
+    preset.log(str(tmp_path), 'train_overall.txt')
+    lines = (tmp_path / 'INFOS' / 'train_overall.txt').read_text().splitlines()
+    assert lines[0].split('\t') == list(COLUMNS) and len(lines) == 3 and lines[1] == lines[2]
+    row = dict(zip(COLUMNS, lines[1].split('\t')))
+    assert (row['model'], row['lr_decay'], row['val_accuracy'], row['test_accuracy'], row['finished'], row['device']) == (
+        'ResNet32', '0.96', '0.86789', '', 'False', 'a b c')
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / 'a'
+    write_atomically(str(path), b'old')
+
+    def full(*arguments):
+        raise OSError('no space left')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError):
+        write_atomically(str(path), b'new')
+    assert path.read_bytes() == b'old' and os.listdir(str(tmp_path)) == ['a']

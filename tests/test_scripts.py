@@ -1,0 +1,264 @@
+"""The scripts as a user runs them: in processes of their own, on the sample."""
+import glob
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+from presets_and_results import COLUMNS, load_preset, make_preset
+from resnet import tf
+from resnet_train import checkpoint_path, checkpoint_steps, learning_rate
+from sample import run_script
+
+TINY = ('--preset', 3, '--num_residual_units', 1, '--batch_size', 100, '--max_steps', 6, '--evaluate_every', 2,
+        '--checkpoint_every', 3, '--num_checkpoints', 2)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A short training: its output folder and what it printed."""
+    output_dir = str(tmp_path_factory.mktemp('trained'))
+    status, out, err = run_script('resnet_train.py', *TINY, '--seed', 5, '--output_dir', output_dir)
+    assert status == 0, err
+    return output_dir, out, err
+
+
+def copied(trained, tmp_path):
+    shutil.copytree(trained[0], str(tmp_path / 'copied'))
+    return str(tmp_path / 'copied')
+
+
+def variables(output_dir, step):
+    reader = tf.train.NewCheckpointReader(checkpoint_path(load_preset(output_dir).run_dir(output_dir), step))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+def points(run_dir, name):
+    """The curves of summaries/<name>: {tag: {step: value}}."""
+    curves = {}
+    for path in glob.glob(os.path.join(run_dir, 'summaries', name, '*')):
+        for event in tf.train.summary_iterator(path):
+            for value in event.summary.value:
+                curves.setdefault(value.tag, {})[event.step] = value.simple_value
+    return curves
+
+
+# ------------------------------------------------------------------------------ training
+
+def test_training_says_what_runs_and_is_quiet_otherwise(trained):
+    output_dir, out, err = trained
+    preset = load_preset(output_dir)
+    for part in ('Preset 3: ResNet8 (n = 1), 75,290 parameters', '270 training and 30 validation images',
+                 sample.SAMPLE_DIR, tf.__version__, preset.run_dir(output_dir), 'seed 5', '6 steps, 2 epochs', 'CPU'):
+        assert part in out
+    assert out.count('validation  step') == 3 and err == ''
+
+
+def test_training_is_recorded(trained):
+    output_dir, _, _ = trained
+    preset = load_preset(output_dir)
+    assert (preset.preset, preset.model, preset.seed, preset.steps, preset.status, preset.finished) == (
+        3, 'ResNet8', 5, 6, 'complete', False)
+    assert preset.early_stopping_epoch in (2, 4, 6) and 0 <= preset.val_accuracy <= 1
+    assert 0 < preset.training_time < 5 and preset.images_per_second > 1
+    assert preset.tensorflow_version == tf.__version__ and sys.version.startswith(preset.python_version)
+    with open(os.path.join(output_dir, 'INFOS', 'train_overall.txt')) as file:
+        header, line = file.read().splitlines()
+    assert dict(zip(header.split('\t'), line.split('\t')))['timestamp'] == str(preset.timestamp)
+    assert glob.glob(os.path.join(output_dir, 'INFOS', 'pickles', '*')) == [preset.pickle_path(output_dir)]
+
+
+def test_best_and_latest_are_two_checkpoints(trained):
+    output_dir, _, _ = trained
+    preset = load_preset(output_dir)
+    run_dir = preset.run_dir(output_dir)
+    curve = points(run_dir, 'dev')['accuracy']
+    bests = [step for step in (2, 4, 6) if curve[step] > max([curve[k] for k in (2, 4, 6) if k < step], default=-1)]
+    assert checkpoint_steps(run_dir) == sorted(set(bests[-2:]) | {6})
+    assert preset.early_stopping_epoch == bests[-1]
+    assert abs(curve[bests[-1]] - preset.val_accuracy) < 1e-6
+    held = variables(output_dir, 6)
+    assert held['global_step'] == 6 and 'init/init_conv/DW/Momentum' in held
+    with open(os.path.join(run_dir, 'checkpoints', 'checkpoint')) as file:
+        assert run_dir not in file.read()  # or a moved run could not be found
+
+
+def test_curves(tmp_path):
+    status, _, err = run_script('resnet_train.py', *TINY, '--batch_size', 27, '--max_steps', 20, '--lr_decay', 0.5,
+                                '--output_dir', tmp_path)
+    assert status == 0, err
+    run_dir = load_preset(str(tmp_path)).run_dir(str(tmp_path))
+    train, dev = points(run_dir, 'train'), points(run_dir, 'dev')
+    assert set(train) == {'loss', 'accuracy', 'learning_rate', 'images_per_second'} and set(dev) == {'loss', 'accuracy'}
+    assert sorted(train['loss']) == [10, 20] and sorted(dev['loss']) == list(range(2, 21, 2))
+    assert abs(train['learning_rate'][20] - 0.1) < 1e-6 and train['loss'][10] > 0
+
+
+def test_the_schedule_is_a_step_function():
+    preset = make_preset(4)
+    assert learning_rate(preset, 0) == learning_rate(preset, 23999) == 0.1
+    assert abs(learning_rate(preset, 24000) - 0.096) < 1e-12 and abs(learning_rate(preset, 70399) - 0.09216) < 1e-12
+    assert learning_rate(make_preset(1), 70399) == 0.1
+
+
+def test_the_same_seed_gives_the_same_run(trained, tmp_path):
+    for seed, same in ((5, True), (6, False)):
+        output_dir = str(tmp_path / str(seed))
+        assert run_script('resnet_train.py', *TINY, '--seed', seed, '--output_dir', output_dir)[0] == 0
+        first, second = variables(trained[0], 6), variables(output_dir, 6)
+        assert all(np.allclose(first[name], second[name], atol=1e-3) for name in first) == same
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_cleanly(number, tmp_path):
+    process = run_script('resnet_train.py', '--preset', 0, '--batch_size', 20, '--num_epochs', 10000,
+                         '--evaluate_every', 10, '--output_dir', tmp_path, popen=True)
+    lines = []
+    while not any(line.startswith('validation') for line in lines):
+        lines.append(process.stdout.readline())
+        assert lines[-1], process.stderr.read()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and 'Stopping' in out and 'is interrupted' in out and err == ''
+    preset = load_preset(str(tmp_path))
+    assert preset.status == 'interrupted' and preset.steps >= 10
+    assert checkpoint_steps(preset.run_dir(str(tmp_path)))[-1] == preset.steps
+    assert len((tmp_path / 'INFOS' / 'train_overall.txt').read_text().splitlines()) == 2
+
+
+# ------------------------------------------------------------------------------ testing
+
+def test_evaluation_of_all_of_one_and_of_the_newest(trained, tmp_path):
+    output_dir = copied(trained, tmp_path)
+    timestamp = load_preset(output_dir).timestamp
+    status, out, err = run_script('resnet_eval.py', '--output_dir', output_dir)
+    assert status == 0 and err == '', err
+    preset = load_preset(output_dir)
+    assert preset.finished and 'test accuracy {:.4f}'.format(preset.test_accuracy) in out and 'truck' in out
+    rows = [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0] in
+            'airplane automobile bird cat deer dog frog horse ship truck'.split()]
+    confusion = np.array([[int(count) for count in row[3:]] for row in rows])
+    assert confusion.shape == (10, 10) and confusion.sum() == 100
+    assert abs(confusion.trace() / 100 - preset.test_accuracy) < 1e-9
+
+    status, out, _ = run_script('resnet_eval.py', '--output_dir', output_dir, tensorflow=False)
+    assert status == 0 and 'Every run is finished' in out
+    for flags in (('--timestamp',), ('--timestamp', timestamp)):
+        assert run_script('resnet_eval.py', '--output_dir', output_dir, *flags)[0] == 0
+    with open(os.path.join(output_dir, 'INFOS', 'eval_overall.txt')) as file:
+        lines = file.read().splitlines()
+    assert len(lines) == 4 and lines[0].split('\t') == list(COLUMNS) and lines[1] == lines[2] == lines[3]
+
+
+def test_a_run_with_more_variables_and_an_old_pickle_evaluates(trained, tmp_path):
+    """As a run that was trained elsewhere: other variables beside ours, a record without the newer attributes."""
+    import pickle
+    output_dir = copied(trained, tmp_path)
+    preset = load_preset(output_dir)
+    path = checkpoint_path(preset.run_dir(output_dir), preset.early_stopping_epoch)
+    with tf.Graph().as_default(), tf.Session() as session:
+        for name, value in dict(variables(output_dir, preset.early_stopping_epoch), extra=np.zeros(3)).items():
+            tf.get_variable(name, initializer=value)
+        session.run(tf.global_variables_initializer())
+        tf.train.Saver().save(session, path)
+    for name in COLUMNS[26:]:
+        del preset.__dict__[name]
+    preset.timestamp = str(preset.timestamp)
+    with open(preset.pickle_path(output_dir), 'wb') as file:
+        pickle.dump(preset, file, protocol=3)
+    status, out, err = run_script('resnet_eval.py', '--output_dir', output_dir)
+    assert status == 0 and 'test accuracy' in out, err
+
+
+def test_own_images(trained, tmp_path):
+    output_dir = trained[0]
+    folder = tmp_path / '내 사진들'
+    folder.mkdir()
+    paths = []
+    for k, shape in enumerate(((40, 60, 3), (1, 1, 3), (300, 20, 3))):
+        paths.append(str(folder / '{}.png'.format(k)))
+        Image.fromarray(np.random.RandomState(k).randint(0, 256, shape).astype(np.uint8)).save(paths[-1])
+    status, out, err = run_script('resnet_eval.py', '--output_dir', output_dir, '--timestamp', '--images', *paths,
+                                  PYTHONIOENCODING='utf-8')
+    assert status == 0 and err == '', err
+    for k, path in enumerate(paths):
+        alone = run_script('resnet_eval.py', '--output_dir', output_dir, '--images', path, PYTHONIOENCODING='utf-8')[1]
+        assert alone.split() == out.splitlines()[k].split()
+        assert alone.count('%') == 3
+    (folder / 'text.png').write_bytes(b'no image')
+    status, out, err = run_script('resnet_eval.py', '--output_dir', output_dir, '--images', paths[0],
+                                  folder / 'text.png', PYTHONIOENCODING='utf-8')
+    assert status == 2 and out.count('%') == 3 and 'text.png is no image' in err
+
+
+# ------------------------------------------------------------------------------ bad input, before TensorFlow
+
+@pytest.mark.parametrize('script, flags, message', [
+    ('resnet_train.py', ['--preset', '9'], 'there is no preset 9; choose one of 0, 1'),
+    ('resnet_train.py', ['--preset', 'x'], "invalid int value: 'x'"),
+    ('resnet_train.py', ['--batchsize', '3'], 'unrecognized arguments: --batchsize'),
+    ('resnet_train.py', ['--batch', '3'], 'unrecognized arguments: --batch'),
+    ('resnet_train.py', ['--batch_size', '0'], 'batch_size must be a whole number from 1'),
+    ('resnet_train.py', ['--lr', 'abc'], "lr must be a number from 1e-09 to 100, not 'abc'"),
+    ('resnet_train.py', ['--data_dir', os.path.join(__file__, 'data')], 'cannot be written there'),
+    ('resnet_train.py', ['--output_dir', os.path.join(__file__, 'out')], 'cannot write to the output folder'),
+    ('resnet_eval.py', ['--output_dir', '{trained}', '--timestamp', '7'], 'there is no run 7; known: {timestamp}'),
+    ('resnet_eval.py', ['--output_dir', '{empty}'], 'there are no runs in {empty}; make one with'),
+    ('resnet_eval.py', ['--output_dir', '{bare}'], 'run {timestamp} has no checkpoint in'),
+    ('resnet_eval.py', ['--output_dir', '{trained}', '--data_dir', '{damaged}'], 'test_batch.bin is truncated'),
+    ('resnet_eval.py', ['--output_dir', '{trained}', '--images', __file__], 'none of the 1 files given is an image'),
+])
+def test_bad_input(script, flags, message, trained, tmp_path):
+    names = dict(trained=trained[0], timestamp=load_preset(trained[0]).timestamp, empty=tmp_path / 'empty',
+                 bare=tmp_path / 'bare', damaged=tmp_path / 'damaged')
+    shutil.copytree(os.path.join(trained[0], 'INFOS'), str(tmp_path / 'bare' / 'INFOS'))
+    os.mkdir(str(tmp_path / 'damaged'))
+    (tmp_path / 'damaged' / 'test_batch.bin').write_bytes(sample.content('test_batch')[:-1])
+    prepare = 'data_helpers.OFFICIAL_URL = "http://127.0.0.1:9/"; data_helpers.shutil.which = lambda name: None; '
+    status, out, err = run_script(script, *[flag.format(**names) for flag in flags], tensorflow=False, prepare=prepare)
+    assert status == 2 and message.format(**names) in err, err
+    lines = [line for line in err.splitlines() if not line.startswith('skipped:')]
+    assert len(lines) == 1 and lines[0].startswith(script + ': error: ')
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path):
+    output_dir = copied(trained, tmp_path)
+    preset = load_preset(output_dir)
+    path = checkpoint_path(preset.run_dir(output_dir), preset.early_stopping_epoch)
+    data = path + '.data-00000-of-00001'
+    for damaged, content in ((data, open(data, 'rb').read()[:1000]), (path + '.index', b'nonsense')):
+        with open(damaged, 'wb') as file:
+            file.write(content)
+        status, _, err = run_script('resnet_eval.py', '--output_dir', output_dir)
+        assert status == 2 and path in err and len(err.splitlines()) == 1, err
+
+
+def test_a_checkpoint_of_another_network_is_named(trained, tmp_path):
+    output_dir = copied(trained, tmp_path)
+    preset = load_preset(output_dir)
+    preset.update(dict(num_residual_units=2))
+    preset.save(output_dir)
+    status, _, err = run_script('resnet_eval.py', '--output_dir', output_dir)
+    assert status == 2 and 'does not fit a ResNet14: unit_1_1/' in err
+
+
+@pytest.mark.parametrize('script', ['resnet_train.py', 'resnet_eval.py'])
+def test_help_is_documentation_at_once(script):
+    best = float('inf')
+    for _ in range(3):  # the machine may be busy
+        began = time.time()
+        out = subprocess.check_output([sys.executable, os.path.join(sample.PROJECT_DIR, script), '--help'],
+                                      universal_newlines=True)
+        best = min(best, time.time() - began)
+    assert best < 1
+    assert '--data_dir' in out and '--output_dir' in out and 'python {}'.format(script) in out
+    if script == 'resnet_train.py':
+        for part in ('--lr FLOAT', '--num_residual_units', 'ResNet56', 'every 24,000 steps'):
+            assert part in out
