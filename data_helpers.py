@@ -218,10 +218,7 @@ class Progress:
             if rate < self.slowest:
                 raise Crawling('it gives {:,.0f} bytes/s'.format(rate))
             self.mark, self.marked = now, received
-        if received == self.total:
-            self.line.row('  {}: {:,} bytes'.format(self.archive, received))
-        else:
-            self.line('  {}: {:,} of {:,} bytes', self.archive, received, self.total)
+        self.line('  {}: {:,} of {:,} bytes', self.archive, received, self.total)
 
 
 def _fetch(data_dir):
@@ -259,6 +256,7 @@ def _download(data_dir):
                     os.unlink(part)
                     raise SourceError('what came has SHA-256 {}, expected {}'.format(digest, ARCHIVES[archive][1]))
                 os.replace(part, os.path.join(data_dir, archive))
+                print('  {}: {:,} bytes, verified'.format(archive, ARCHIVES[archive][0]), flush=True)
                 return os.path.join(data_dir, archive)
             except SourceError as error:
                 problems[archive] = error

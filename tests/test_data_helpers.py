@@ -238,7 +238,7 @@ def test_fetch_shows_bytes_and_leaves_only_the_data(tmp_path, official, capsys, 
     assert len(images) == 100
     total = data_helpers.ARCHIVES[data_helpers.OFFICIAL][0]
     out = capsys.readouterr().out
-    assert re.search(r': [\d,]+ of {:,} bytes'.format(total), out) and ': {:,} bytes'.format(total) in out
+    assert re.search(r': [\d,]+ of {:,} bytes'.format(total), out) and ': {:,} bytes, verified'.format(total) in out
     assert set(os.listdir(str(tmp_path / 'new'))) - {'.fetching.lock'} == {'cifar-10-batches-bin'}
 
 
