@@ -9,6 +9,7 @@ import collections
 import functools
 import glob
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -61,8 +62,6 @@ LARGEST_MEMBER = 1 << 25  # bytes; the largest file of any layout has 31 million
 
 PATIENCE = 25  # seconds that a source may be silent, or slower than CRAWL
 CRAWL = 100000  # bytes per second: an archive would take half an hour
-
-
 UNFINISHED = '.unfinished-'  # prefix of folders that a killed process may leave in the data folder
 
 
@@ -87,8 +86,9 @@ def load(data_dir, names):
 
 def _verify(place, digest, expected):
     if digest != expected:
-        raise InputError('{} is truncated or not CIFAR-10: its SHA-256 is {}, expected {}; '
-                         'remove it to have the data fetched anew'.format(place, digest, expected))
+        raise InputError('{} is truncated or not CIFAR-10: its SHA-256 is {}, expected {}; remove it, and any '
+                         'other data_batch and test_batch files beside it, to have the data fetched anew'.format(
+                             place, digest, expected))
 
 
 def _find(data_dir):
@@ -111,8 +111,8 @@ def _read_file(paths, read, name):
         with open(paths[name], 'rb') as file:
             return paths[name], read(file)
     except (OSError, InputError) as error:
-        raise InputError('{} cannot be read ({}); the files beside it are of no use without it, and its SHA-256 '
-                         'in the binary layout is {}'.format(paths[name], error, SHA256[name]))
+        raise InputError('{} cannot be read ({}); expected is a file that in the binary layout has SHA-256 {}; remove '
+                         'the files beside it to have the data fetched anew'.format(paths[name], error, SHA256[name]))
 
 
 def _from_python_batch(content):
@@ -225,7 +225,13 @@ def _fetch(data_dir):
     """Fetches CIFAR-10 from the first source that delivers; returns what _find does."""
     try:
         os.makedirs(data_dir, exist_ok=True)
-        with filelock.FileLock(os.path.join(data_dir, '.fetching.lock')):
+        lock = filelock.FileLock(os.path.join(data_dir, '.fetching.lock'))
+        try:
+            lock.acquire(timeout=1)
+        except filelock.Timeout:
+            print('Another process is fetching CIFAR-10 into {}: waiting for it.'.format(data_dir), flush=True)
+            lock.acquire()
+        try:
             found = _find(data_dir)  # another process may have been at it
             if found:
                 return found
@@ -234,8 +240,11 @@ def _fetch(data_dir):
             archive = _download(data_dir)
             found = _find(data_dir)
             if os.path.isdir(os.path.join(data_dir, BINARY_FOLDER)):
-                os.unlink(archive)
+                for done in [archive] + glob.glob(os.path.join(glob.escape(data_dir), '*.tar.gz.part')):
+                    os.unlink(done)
             return found
+        finally:
+            lock.release()
     except OSError as error:
         raise InputError('CIFAR-10 is not in {} and cannot be written there ({}); name another folder with '
                          '--data_dir or CIFAR10_DIR'.format(data_dir, error))
@@ -280,6 +289,9 @@ def _download_official(part, progress):
         try:
             request = urllib.request.Request(OFFICIAL_URL, headers={'Range': 'bytes={}-'.format(have)} if have else {})
             with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+                length = int(response.headers.get('Content-Length') or progress.total)
+                if response.status == 200 and length != progress.total:  # a login page, for example
+                    raise SourceError('it sends {:,} bytes, expected {:,}'.format(length, progress.total))
                 with open(part, 'ab' if response.status == 206 else 'wb') as file:
                     received = file.tell()
                     progress(received)
@@ -288,7 +300,7 @@ def _download_official(part, progress):
                         progress(received)
                         if received > progress.total:
                             raise SourceError('it sends more than the {:,} bytes expected'.format(progress.total))
-        except OSError as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             if not os.path.exists(part) or os.path.getsize(part) == have:
                 raise SourceError(str(error))
             print('  broken off ({}), going on'.format(error), flush=True)
@@ -412,18 +424,19 @@ def read_image(path):
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image), image.format))
     except Exception as error:  # Pillow's plugins raise anything on damaged files
         raise InputError('{} is no image that can be read ({})'.format(path, error))
 
 
-def _to_rgb(image):
+def _to_rgb(image, file_format):
     if image.mode in ('I', 'F') or image.mode.startswith('I;'):
         # Grey values beyond 8 bits, which convert() would clip: 16 bits have their own scale, others are stretched.
         values = np.asarray(image, np.float32)
-        low, high = (0, 65535) if image.format in ('PNG', None) or image.mode.startswith('I;16') else (
-            values.min(), values.max())
-        return Image.fromarray(((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)).convert('RGB')
+        sixteen_bits = file_format == 'PNG' or image.mode.startswith('I;16')
+        low, high = (0, 65535) if sixteen_bits else (values.min(), values.max())
+        grey = ((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)
+        return Image.fromarray(grey).convert('RGB')
     if image.mode == 'LAB':
         return ImageCms.profileToProfile(image, ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB'),
                                          outputMode='RGB')

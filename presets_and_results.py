@@ -67,7 +67,7 @@ class Preset:
     seed = 0                              # of the split, the weights, the order, the augmentation
     max_steps = None                      # training stops here if the epochs do not end it before
     steps = None                          # steps trained so far
-    status = None                         # 'training', 'interrupted' or 'complete'
+    status = None                         # 'training', 'interrupted', 'complete' or 'diverged'
     images_per_second = None              # training steps alone, without validation
     device = None                         # what it was trained on
     tensorflow_version = None
@@ -140,7 +140,7 @@ class Field(collections.namedtuple('Field', 'type low high help')):
         except (TypeError, ValueError, OverflowError):
             number = None
         if number is None or not self.low <= number <= self.high:
-            raise InputError('{} must be {} from {:g} to {:g}, not {!r}'.format(
+            raise InputError('{} must be {} from {} to {}, not {!r}'.format(
                 name, 'a whole number' if self.type is int else 'a number', self.low, self.high, value))
         return number
 
@@ -196,19 +196,25 @@ def make_preset(number, **overrides):
 
 
 def start_run(preset, output_dir):
-    """Gives the run its timestamp and its folder, and returns the folder.
+    """Gives the run its timestamp and its folder, and returns the folder; check_output_dir comes before.
 
     Creating the folder reserves the timestamp, so two runs of the same second get two of them.
     """
     preset.timestamp = int(time.time())
+    while True:
+        try:
+            os.mkdir(preset.run_dir(output_dir))
+            return preset.run_dir(output_dir)
+        except FileExistsError:
+            preset.timestamp += 1
+
+
+def check_output_dir(output_dir):
+    """Makes the folders of the results. Raises InputError where they cannot be written, before hours are spent."""
     try:
-        os.makedirs(os.path.join(output_dir, 'runs'), exist_ok=True)
-        while True:
-            try:
-                os.mkdir(preset.run_dir(output_dir))
-                return preset.run_dir(output_dir)
-            except FileExistsError:
-                preset.timestamp += 1
+        for folder in ('runs', 'INFOS', os.path.join('INFOS', 'pickles')):
+            os.makedirs(os.path.join(output_dir, folder), exist_ok=True)
+            tempfile.TemporaryFile(dir=os.path.join(output_dir, folder)).close()
     except OSError as error:
         raise InputError('cannot write to the output folder ({}); name another with --output_dir'.format(error))
 
@@ -275,7 +281,8 @@ def read_preset(path):
         if type(record).__name__ != PRESET_PICKLE or not isinstance(record.state, dict):
             raise InputError('it holds no Preset')
         values = {name: _plain(name, value) for name, value in record.state.items()}
-        preset = Preset(**{name: value for name, value in values.items() if value is not None})
+        preset = Preset()
+        preset.update({name: value for name, value in values.items() if value is not None})
         if preset.timestamp is None:
             raise InputError('it has no timestamp')
         preset.model = values.get('model') or preset.model

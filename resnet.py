@@ -22,6 +22,9 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # off by default where ther
 @contextlib.contextmanager
 def _silence():
     """Nothing on stderr. TensorFlow 2.21 writes there on import, before it reads any log level."""
+    if sys.stderr is None:  # closed by who started this
+        yield
+        return
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 
 import data_helpers
-from presets_and_results import (ArgumentParser, InputError, exit_on_input_error, load_preset, load_presets,
+from presets_and_results import (ArgumentParser, InputError, check_output_dir, exit_on_input_error, load_preset, load_presets,
                                  read_preset)
 from resnet_train import checkpoint_path, checkpoint_steps, evaluate, make_session
 
@@ -132,7 +132,7 @@ def main(arguments=None):
     parser.add_argument('--images', nargs='+', metavar='FILE',
                         help='classify these instead of testing (with no --timestamp: by the newest run)')
     flags = parser.parse_args(arguments)
-    if flags.timestamp or flags.images:
+    if flags.timestamp is not None or flags.images:
         presets = [load_preset(flags.output_dir, None if flags.timestamp == NEWEST else flags.timestamp)]
     else:
         presets = [preset for preset in load_presets(flags.output_dir) if not preset.finished]
@@ -150,6 +150,7 @@ def main(arguments=None):
     if testable and flags.images:
         classify(*testable[0], flags.images)
     elif testable:
+        check_output_dir(flags.output_dir)
         images, labels = data_helpers.load(flags.data_dir, data_helpers.TEST_FILES)
         for preset, checkpoint in testable:
             try:

@@ -18,8 +18,8 @@ import time
 import numpy as np
 
 import data_helpers
-from presets_and_results import (HYPERPARAMETERS, PRESETS, ArgumentParser, ProgressLine, exit_on_input_error,
-                                 make_preset, start_run)
+from presets_and_results import (HYPERPARAMETERS, PRESETS, ArgumentParser, InputError, ProgressLine,
+                                 check_output_dir, exit_on_input_error, make_preset, start_run)
 # TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
 
 DECAY_STEPS = 24000       # training steps between decays of the learning rate
@@ -47,8 +47,9 @@ def train(preset, data_dir, output_dir):
     """Trains `preset` (a Preset) and returns it with its results, which are then on disk too.
 
     CIFAR-10 is in data_dir or is fetched to it; INFOS/ and runs/ go to output_dir.
-    Raises InputError on data or folders that cannot be used.
+    Raises InputError on data or folders that cannot be used, and where the loss is no longer finite.
     """
+    check_output_dir(output_dir)
     images, labels = data_helpers.load(data_dir, data_helpers.TRAIN_FILES)
     training, validation = [(images[part], labels[part]) for part in data_helpers.split(len(labels), preset.seed)]
     del images
@@ -124,6 +125,13 @@ class Run:
         _, loss, accuracy = self.session.run(
             [self.net.train_step, self.net.training_loss, self.net.training_accuracy],
             {self.net.X: x, self.net.Y: y, self.net.learning_rate: rate})
+        if not np.isfinite(loss):
+            self.preset.status = 'diverged'
+            self.preset.save(self.output_dir)
+            raise InputError('run {} diverged: the loss of step {:,} is {} at learning rate {:g}; '
+                             'its last good checkpoint: {}. Try a lower --lr'.format(
+                                 self.preset.timestamp, step, loss, rate,
+                                 'step {:,}'.format(self.preset.steps) if self.preset.steps else 'none'))
         if step > 1:  # the first one also sets TensorFlow up
             self.training_seconds += time.time() - began
             self.trained_images += len(x)
@@ -153,6 +161,8 @@ class Run:
 
         In this order, so that at any moment the record points to a checkpoint that is there.
         """
+        if step == self.preset.steps:  # a new best, saved as such
+            return
         self.saver.save(self.session, checkpoint_path(self.run_dir, step), write_meta_graph=False)
         self.preset.update(dict(steps=step, training_time=(time.time() - self.started) / 60,
                                 images_per_second=self._images_per_second()))

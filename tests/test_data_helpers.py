@@ -5,12 +5,14 @@ import json
 import os
 import pickle
 import re
+import socket
 import struct
 import sys
 import tarfile
 import threading
 import time
 
+import filelock
 import numpy as np
 import pytest
 from PIL import Image
@@ -187,8 +189,9 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves one file on the loopback; `breaks` is a list of byte counts after which connections end."""
     daemon_threads = True
 
-    def __init__(self, content, breaks=(), delay=0.0):
+    def __init__(self, content, breaks=(), delay=0.0, says_length=True):
         self.content, self.breaks, self.delay, self.ranges = content, list(breaks), delay, []
+        self.says_length = says_length
         super().__init__(('127.0.0.1', 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -202,7 +205,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.ranges.append(begin)
         end = begin + self.server.breaks.pop(0) if self.server.breaks else len(self.server.content)
         self.send_response(206 if begin else 200)
-        self.send_header('Content-Length', str(len(self.server.content) - begin))
+        if self.server.says_length:
+            self.send_header('Content-Length', str(len(self.server.content) - begin))
         self.end_headers()
         for i in range(begin, min(end, len(self.server.content)), 1000):
             self.wfile.write(self.server.content[i:min(i + 1000, end)])
@@ -266,9 +270,48 @@ def test_wrong_content_is_thrown_away(tmp_path, official):
 
 
 def test_more_than_expected_is_cut_off(tmp_path, official):
-    official(change=lambda content: content + bytes(10 ** 6))
+    official(change=lambda content: content + bytes(10 ** 6), says_length=False)
     with pytest.raises(InputError, match='more than'):
         data_helpers.load(str(tmp_path / 'new'), data_helpers.TEST_FILES)
+
+
+def test_a_login_page_leaves_nothing_behind(tmp_path, official):
+    official(change=lambda content: b'<html>please log in</html>')
+    with pytest.raises(InputError, match='it sends 26 bytes'):
+        data_helpers.load(str(tmp_path / 'new'), data_helpers.TEST_FILES)
+    official()
+    assert len(data_helpers.load(str(tmp_path / 'new'), data_helpers.TEST_FILES)[0]) == 100
+
+
+def test_a_server_that_does_not_speak_http(tmp_path, official, monkeypatch):
+    official()
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(1)
+
+        def answer():
+            connection, _ = listener.accept()
+            connection.sendall(b'garbage\r\n\r\n')
+            connection.close()
+        threading.Thread(target=answer, daemon=True).start()
+        monkeypatch.setattr(data_helpers, 'OFFICIAL_URL', 'http://127.0.0.1:{}/a'.format(listener.getsockname()[1]))
+        with pytest.raises(InputError, match='could not be fetched'):
+            data_helpers.load(str(tmp_path / 'new'), data_helpers.TEST_FILES)
+
+
+def test_a_second_start_waits_for_the_first_and_says_so(tmp_path, official, capsys):
+    official()
+    os.makedirs(str(tmp_path / 'new'))
+    held = threading.Event()
+
+    def first():
+        with filelock.FileLock(str(tmp_path / 'new' / '.fetching.lock')):
+            held.set()
+            time.sleep(2)
+    threading.Thread(target=first).start()
+    held.wait()
+    data_helpers.load(str(tmp_path / 'new'), data_helpers.TEST_FILES)
+    assert 'waiting for it' in capsys.readouterr().out
 
 
 def test_a_crawling_source_is_left_then_taken_as_the_last_resort(tmp_path, official, monkeypatch, capsys):
@@ -430,6 +473,13 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     image = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
     path = saved(tmp_path, image, 'a.png')
     assert data_helpers.read_image(path)[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_wider_greys_are_stretched(tmp_path):
+    for values in (np.array([[0, 0.5, 1]], np.float32), np.array([[-10, 0, 10]], np.float32),
+                   np.array([[0, 500000, 1000000]], np.int32)):
+        path = saved(tmp_path, Image.fromarray(values), 'a.tif')
+        np.testing.assert_allclose(data_helpers.read_image(path)[0, :, 1], [0, 127.5, 255], atol=0.5)
 
 
 def test_exif_orientation(tmp_path):

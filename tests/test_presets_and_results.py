@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from presets_and_results import (COLUMNS, PRESETS, InputError, Preset, load_preset, load_presets, make_preset,
-                                 read_preset, start_run, write_atomically)
+from presets_and_results import (COLUMNS, PRESETS, InputError, Preset, check_output_dir, load_preset, load_presets,
+                                 make_preset, read_preset, start_run, write_atomically)
 
 TABLE = {  # the study's
     1: ('ResNet32', 0.1, 1, 0.001, 0.1, 5),
@@ -45,7 +45,7 @@ def test_columns_begin_as_in_2020():
     ({'batch_size': 0}, 'batch_size must be a whole number from 1'), ({'batch_size': '1.5'}, 'batch_size'),
     ({'lr': 'abc'}, "lr must be a number .* not 'abc'"), ({'lr': 'nan'}, 'lr'), ({'lr': 'inf'}, 'lr'),
     ({'lr': -1}, 'lr'), ({'lr': 0}, 'lr'), ({'lr_decay': 1.1}, 'lr_decay'), ({'num_residual_units': 0}, 'num_res'),
-    ({'num_classes': 9}, 'num_classes'), ({'data_augmentation': 'maybe'}, 'true or false'), ({'seed': -1}, 'seed'),
+    ({'num_classes': 9}, 'num_classes'), ({'data_augmentation': 'maybe'}, 'true or false'), ({'seed': -1}, 'seed must be a whole number from 0 to 4294967295'),
     ({'max_steps': 0}, 'max_steps'), ({'max_steps': 1.5}, 'max_steps'), ({'learning_rate': 1}, 'learning_rate'),
     ({'relu_leakiness': [0.1]}, 'relu_leakiness'), ({'device': 7}, 'device must be text')])
 def test_bad_values_are_refused(overrides, message):
@@ -62,6 +62,7 @@ def test_overrides_take_text_and_change_the_model():
 
 def test_pickle_round_trip(tmp_path):
     preset = make_preset(4, seed=7)
+    check_output_dir(str(tmp_path))
     start_run(preset, str(tmp_path))
     preset.update(dict(val_accuracy=0.5, early_stopping_epoch=300, device='GPU'))
     preset.save(str(tmp_path))
@@ -71,12 +72,13 @@ def test_pickle_round_trip(tmp_path):
     assert os.listdir(str(path.parent)) == [path.name]
 
 
-def old_pickle(tmp_path, name='1_1601857360', cls=Preset, **state):
+def old_pickle(tmp_path, name='1_1601857360', state=(), **attributes):
     """A pickle as the 2020 scripts left it: no newer attributes, NumPy scalars, protocol 3."""
-    old = cls.__new__(cls)
+    old = Preset.__new__(Preset)
     old.__dict__.update(preset=1, model='ResNet32', num_residual_units=5, timestamp='1601857360',
                         val_accuracy=np.float32(0.5), early_stopping_epoch=np.int64(68600), finished=np.bool_(True))
-    old.__dict__.update(state)
+    vars(old).update(attributes)
+    vars(old).update(state)
     path = tmp_path / 'INFOS' / 'pickles' / (name + '.pickle')
     write_atomically(str(path), pickle.dumps(old, protocol=3))
     return path
@@ -100,11 +102,12 @@ class Touch:
 @pytest.mark.parametrize('state, message', [
     ({'device': collections.OrderedDict()}, 'collections.OrderedDict'),
     ({'val_accuracy': np.zeros(3)}, r'numpy\.\w*core\.multiarray\._reconstruct'), ({'device': ['a']}, 'device is of type list'),
-    ({'surprise': 1}, 'surprise'), ({'timestamp': '../../etc'}, 'timestamp'), ({'lr': 'abc'}, 'lr'),
+    ({'surprise': 1}, 'surprise'), ({7: 1}, 'unknown preset attribute 7'), ({'self': 1}, 'self'),
+    ({'timestamp': '../../etc'}, 'timestamp'), ({'lr': 'abc'}, 'lr'),
     ({'val_accuracy': np.complex64(1)}, 'val_accuracy'), ({'device': Preset()}, 'device')])
 def test_anything_but_plain_values_is_refused_by_name(state, message, tmp_path, capsys):
     old_pickle(tmp_path, name='1_7', timestamp=7)
-    bad = old_pickle(tmp_path, **state)
+    bad = old_pickle(tmp_path, state=state)
     with pytest.raises(InputError, match=message) as error:
         read_preset(str(bad))
     assert str(bad) in str(error.value)
@@ -145,9 +148,18 @@ def test_loading_by_timestamp(tmp_path):
 
 
 def test_runs_of_one_second_get_timestamps_of_their_own(tmp_path):
+    check_output_dir(str(tmp_path))
     presets = [make_preset(0) for _ in range(5)]
     folders = {start_run(preset, str(tmp_path)) for preset in presets}
     assert len(folders) == 5 == len({preset.timestamp for preset in presets})
+
+
+@pytest.mark.parametrize('name', ['runs', 'INFOS', os.path.join('INFOS', 'pickles')])
+def test_an_output_folder_that_cannot_be_written(name, tmp_path):
+    os.makedirs(os.path.dirname(str(tmp_path / 'out' / name)))
+    (tmp_path / 'out' / name).write_bytes(b'in the way')
+    with pytest.raises(InputError, match='name another with --output_dir'):
+        check_output_dir(str(tmp_path / 'out'))
 
 
 def test_logs(tmp_path):

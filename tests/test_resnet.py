@@ -9,7 +9,7 @@ import sample
 from presets_and_results import load_preset, make_preset
 from resnet import ResNet, tf
 from resnet_eval import best_checkpoint, restored
-from resnet_train import checkpoint_path, evaluate, make_session
+from resnet_train import evaluate, make_session
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def graph():
 
 
 def run_resnet8():
-    """The run committed in tests/resnet8: preset 0 as trained on the whole data set."""
+    """The run committed in tests/resnet8: a ResNet-8 trained on the whole data set (test accuracy 0.7013)."""
     preset = load_preset(os.path.join(sample.TESTS_DIR, 'resnet8'))
     return preset, best_checkpoint(preset, os.path.join(sample.TESTS_DIR, 'resnet8'))
 

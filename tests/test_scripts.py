@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data_helpers
+import numpy_resnet
+import resnet_train
 import sample
 from presets_and_results import COLUMNS, load_preset, make_preset
 from resnet import tf
-from resnet_train import checkpoint_path, checkpoint_steps, learning_rate
+from resnet_train import checkpoint_path, checkpoint_steps, learning_rate, train
 from sample import run_script
 
 TINY = ('--preset', 3, '--num_residual_units', 1, '--batch_size', 100, '--max_steps', 6, '--evaluate_every', 2,
@@ -116,6 +119,38 @@ def test_the_same_seed_gives_the_same_run(trained, tmp_path):
         assert all(np.allclose(first[name], second[name], atol=1e-3) for name in first) == same
 
 
+def test_a_training_that_diverges_stops_and_says_so(tmp_path):
+    status, out, err = run_script('resnet_train.py', *TINY, '--lr', 100, '--batch_size', 30, '--max_steps', 50,
+                                  '--output_dir', tmp_path)
+    assert status == 2 and 'diverged: the loss of step' in err and len(err.splitlines()) == 1
+    assert load_preset(str(tmp_path)).status == 'diverged'
+
+
+def train_here(output_dir, **overrides):
+    """A training in this process; returns its last variables."""
+    preset = make_preset(0, **dict(dict(batch_size=90, max_steps=6, evaluate_every=6, checkpoint_every=6), **overrides))
+    train(preset, sample.SAMPLE_DIR, str(output_dir))
+    return variables(str(output_dir), 6)
+
+
+def test_rate_augmentation_and_statistics_reach_the_training(cifar10, monkeypatch, tmp_path):
+    plain = train_here(tmp_path / 'plain')
+    kernel = 'unit_1_0/sub1/conv1/DW'
+    augmented = train_here(tmp_path / 'augmented', data_augmentation=True)
+    assert np.abs(plain[kernel] - augmented[kernel]).max() > 1e-3
+    monkeypatch.setattr(resnet_train, 'DECAY_STEPS', 2)
+    stopped = train_here(tmp_path / 'decayed', lr_decay=0.001)  # steps 3 to 6 hardly move
+    assert np.abs(plain[kernel] - stopped[kernel]).max() > 1e-3
+
+    # The saved statistics of the first layer are those of the training images, at the saved weights.
+    images, _ = data_helpers.load(sample.SAMPLE_DIR, data_helpers.TRAIN_FILES)
+    training, _ = data_helpers.split(300, seed=0)
+    stem = numpy_resnet.convolution(data_helpers.scale(images[training]).astype(np.float64), plain['init/init_conv/DW'], 1)
+    bn = 'unit_1_0/common_activation/init_bn/'
+    np.testing.assert_allclose(plain[bn + 'moving_mean'], stem.mean((0, 1, 2)), atol=1e-4)
+    np.testing.assert_allclose(plain[bn + 'moving_variance'], stem.var((0, 1, 2)), rtol=1e-3)
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_cleanly(number, tmp_path):
     process = run_script('resnet_train.py', '--preset', 0, '--batch_size', 20, '--num_epochs', 10000,
@@ -210,6 +245,7 @@ def test_own_images(trained, tmp_path):
     ('resnet_train.py', ['--data_dir', os.path.join(__file__, 'data')], 'cannot be written there'),
     ('resnet_train.py', ['--output_dir', os.path.join(__file__, 'out')], 'cannot write to the output folder'),
     ('resnet_eval.py', ['--output_dir', '{trained}', '--timestamp', '7'], 'there is no run 7; known: {timestamp}'),
+    ('resnet_eval.py', ['--output_dir', '{trained}', '--timestamp', ''], 'there is no run ; known'),
     ('resnet_eval.py', ['--output_dir', '{empty}'], 'there are no runs in {empty}; make one with'),
     ('resnet_eval.py', ['--output_dir', '{bare}'], 'run {timestamp} has no checkpoint in'),
     ('resnet_eval.py', ['--output_dir', '{trained}', '--data_dir', '{damaged}'], 'test_batch.bin is truncated'),
