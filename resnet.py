@@ -67,6 +67,7 @@ class ResNet:
 
     training_loss, training_accuracy  float32 []
     learning_rate    float32 [], placeholder
+    global_step      int64 [], variable: training steps done
     train_step       one step of SGD with momentum, which also moves the statistics
     refresh_statistics(session, batches)
     """
@@ -75,7 +76,6 @@ class ResNet:
         self.preset = preset
         self.X = tf.placeholder(tf.float32, [None, 32, 32, 3], name='X')
         self.Y = tf.placeholder(tf.float32, [None, preset.num_classes], name='Y')
-        self.global_step = tf.train.get_or_create_global_step()
         self._moves = []  # assignments to the moving statistics
         self.logits = self._network(self.X, training=False)
         with tf.name_scope('logit/'):
@@ -86,6 +86,7 @@ class ResNet:
             self._build_training()
 
     def _build_training(self):
+        self.global_step = tf.train.get_or_create_global_step()
         with tf.name_scope('training'):
             self.learning_rate = tf.placeholder(tf.float32, [], name='learning_rate')
             self._statistics_momentum = tf.placeholder_with_default(BN_MOMENTUM, [], name='statistics_momentum')

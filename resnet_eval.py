@@ -14,8 +14,8 @@ import sys
 import numpy as np
 
 import data_helpers
-from presets_and_results import (ArgumentParser, InputError, check_output_dir, exit_on_input_error, load_preset, load_presets,
-                                 read_preset)
+from presets_and_results import (ArgumentParser, InputError, check_output_dir, exit_on_input_error, load_preset,
+                                 load_presets, read_preset)
 from resnet_train import checkpoint_path, checkpoint_steps, evaluate, make_session
 
 NEWEST = 'the newest'
@@ -118,7 +118,8 @@ def classify(preset, checkpoint, paths):
     width = max(map(len, names))
     for name, row in zip(names, probabilities):
         likeliest = np.argsort(-row[:len(data_helpers.CLASSES)], kind='stable')[:3]
-        print(name.ljust(width) + ''.join('  {:>10} {:5.1%}'.format(data_helpers.CLASSES[k], row[k]) for k in likeliest))
+        print(name.ljust(width) + ''.join(
+            '  {:>10} {:5.1%}'.format(data_helpers.CLASSES[k], row[k]) for k in likeliest))
     if len(names) < len(paths):
         raise InputError('{} of {} files were skipped'.format(len(paths) - len(names), len(paths)))
     return probabilities

@@ -102,7 +102,8 @@ class Run:
         self.started, self.progress = time.time(), ProgressLine()
         self.training_seconds, self.trained_images = 0.0, 0
         preset.update(dict(status='training', device=_device(session), tensorflow_version=tf.__version__,
-                           python_version=platform.python_version()))
+                           python_version=platform.python_version(), val_accuracy=None, early_stopping_epoch=None,
+                           steps=None, test_accuracy=None, finished=False))
 
     def announce(self, data_dir, n_training, n_validation):
         """Says what runs, on what, and where it writes."""
@@ -139,8 +140,8 @@ class Run:
             self._summarize('train', step, loss=loss, accuracy=accuracy, learning_rate=rate,
                             images_per_second=self._images_per_second())
         left = (time.time() - self.started) / step * (self.last_step - step)
-        self.progress('step {:,}/{:,}  epoch {:.2f}  loss {:.4f}  accuracy {:.3f}  lr {:.4g}  {:,.0f} images/s  {} left',
-                      step, self.last_step, step / self.steps_per_epoch, loss, accuracy, rate,
+        self.progress('step {:,}/{:,}  epoch {:.2f}  loss {:.4f}  accuracy {:.3f}  lr {:.4g}  {:,.0f} images/s  '
+                      '{} left', step, self.last_step, step / self.steps_per_epoch, loss, accuracy, rate,
                       self._images_per_second(), _duration(left))
 
     def validate(self, step, images, labels):
@@ -217,8 +218,9 @@ def checkpoint_path(run_dir, step):
 
 def checkpoint_steps(run_dir):
     """Steps whose checkpoints are whole, ascending. TensorFlow moves the index into place last."""
-    names = os.listdir(os.path.join(run_dir, 'checkpoints')) if os.path.isdir(os.path.join(run_dir, 'checkpoints')) else []
-    return sorted(int(match.group(1)) for match in (re.match(r'model-(\d+)\.index$', name) for name in names) if match)
+    indices = glob.glob(os.path.join(glob.escape(run_dir), 'checkpoints', 'model-*.index'))
+    matches = (re.search(r'model-(\d+)\.index$', path) for path in indices)
+    return sorted(int(match.group(1)) for match in matches if match)
 
 
 def _refreshing_batches(images):

@@ -45,7 +45,8 @@ def test_columns_begin_as_in_2020():
     ({'batch_size': 0}, 'batch_size must be a whole number from 1'), ({'batch_size': '1.5'}, 'batch_size'),
     ({'lr': 'abc'}, "lr must be a number .* not 'abc'"), ({'lr': 'nan'}, 'lr'), ({'lr': 'inf'}, 'lr'),
     ({'lr': -1}, 'lr'), ({'lr': 0}, 'lr'), ({'lr_decay': 1.1}, 'lr_decay'), ({'num_residual_units': 0}, 'num_res'),
-    ({'num_classes': 9}, 'num_classes'), ({'data_augmentation': 'maybe'}, 'true or false'), ({'seed': -1}, 'seed must be a whole number from 0 to 4294967295'),
+    ({'num_classes': 9}, 'num_classes'), ({'data_augmentation': 'maybe'}, 'true or false'),
+    ({'seed': -1}, 'seed must be a whole number from 0 to 4294967295'),
     ({'max_steps': 0}, 'max_steps'), ({'max_steps': 1.5}, 'max_steps'), ({'learning_rate': 1}, 'learning_rate'),
     ({'relu_leakiness': [0.1]}, 'relu_leakiness'), ({'device': 7}, 'device must be text')])
 def test_bad_values_are_refused(overrides, message):
@@ -101,7 +102,8 @@ class Touch:
 
 @pytest.mark.parametrize('state, message', [
     ({'device': collections.OrderedDict()}, 'collections.OrderedDict'),
-    ({'val_accuracy': np.zeros(3)}, r'numpy\.\w*core\.multiarray\._reconstruct'), ({'device': ['a']}, 'device is of type list'),
+    ({'val_accuracy': np.zeros(3)}, r'numpy\.\w*core\.multiarray\._reconstruct'),
+    ({'device': ['a']}, 'device is of type list'),
     ({'surprise': 1}, 'surprise'), ({7: 1}, 'unknown preset attribute 7'), ({'self': 1}, 'self'),
     ({'timestamp': '../../etc'}, 'timestamp'), ({'lr': 'abc'}, 'lr'),
     ({'val_accuracy': np.complex64(1)}, 'val_accuracy'), ({'device': Preset()}, 'device')])
@@ -170,8 +172,8 @@ def test_logs(tmp_path):
     lines = (tmp_path / 'INFOS' / 'train_overall.txt').read_text().splitlines()
     assert lines[0].split('\t') == list(COLUMNS) and len(lines) == 3 and lines[1] == lines[2]
     row = dict(zip(COLUMNS, lines[1].split('\t')))
-    assert (row['model'], row['lr_decay'], row['val_accuracy'], row['test_accuracy'], row['finished'], row['device']) == (
-        'ResNet32', '0.96', '0.86789', '', 'False', 'a b c')
+    assert [row[name] for name in ('model', 'lr_decay', 'val_accuracy', 'test_accuracy', 'finished', 'device')] == [
+        'ResNet32', '0.96', '0.86789', '', 'False', 'a b c']
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -145,7 +145,8 @@ def test_rate_augmentation_and_statistics_reach_the_training(cifar10, monkeypatc
     # The saved statistics of the first layer are those of the training images, at the saved weights.
     images, _ = data_helpers.load(sample.SAMPLE_DIR, data_helpers.TRAIN_FILES)
     training, _ = data_helpers.split(300, seed=0)
-    stem = numpy_resnet.convolution(data_helpers.scale(images[training]).astype(np.float64), plain['init/init_conv/DW'], 1)
+    x = data_helpers.scale(images[training]).astype(np.float64)
+    stem = numpy_resnet.convolution(x, plain['init/init_conv/DW'], 1)
     bn = 'unit_1_0/common_activation/init_bn/'
     np.testing.assert_allclose(plain[bn + 'moving_mean'], stem.mean((0, 1, 2)), atol=1e-4)
     np.testing.assert_allclose(plain[bn + 'moving_variance'], stem.var((0, 1, 2)), rtol=1e-3)
@@ -199,7 +200,8 @@ def test_a_run_with_more_variables_and_an_old_pickle_evaluates(trained, tmp_path
     preset = load_preset(output_dir)
     path = checkpoint_path(preset.run_dir(output_dir), preset.early_stopping_epoch)
     with tf.Graph().as_default(), tf.Session() as session:
-        for name, value in dict(variables(output_dir, preset.early_stopping_epoch), extra=np.zeros(3)).items():
+        others = dict(extra=np.zeros(3), global_step=np.int32(7))  # int32, as tf.Variable(0) made it
+        for name, value in dict(variables(output_dir, preset.early_stopping_epoch), **others).items():
             tf.get_variable(name, initializer=value)
         session.run(tf.global_variables_initializer())
         tf.train.Saver().save(session, path)
