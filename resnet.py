@@ -21,7 +21,7 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # off by default where ther
 
 @contextlib.contextmanager
 def _silence():
-    """Nothing on stderr. TensorFlow 2.21 writes there on import, before it reads any log level."""
+    """Nothing on stderr. TensorFlow 2.20 and 2.21 write there on import and in the first run, whatever the log level."""
     if sys.stderr is None:  # closed by who started this
         yield
         return
@@ -40,8 +40,10 @@ def _silence():
 
 with _silence():
     import tensorflow.compat.v1 as tf
-tf.logging.set_verbosity(tf.logging.ERROR)
-tf.disable_v2_behavior()
+    tf.logging.set_verbosity(tf.logging.ERROR)
+    tf.disable_v2_behavior()
+    with tf.Graph().as_default(), tf.Session(config=tf.ConfigProto(device_count={'GPU': 0})) as _session:
+        _session.run(tf.constant(0))  # the first run, without touching a GPU
 
 FILTERS = (16, 16, 32, 64)  # first convolution, then the three groups
 KERNEL = 3                  # height and width of every convolution
