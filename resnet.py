@@ -21,7 +21,7 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # off by default where ther
 
 @contextlib.contextmanager
 def _silence():
-    """Nothing on stderr. TensorFlow 2.20 and 2.21 write there on import and in the first run, whatever the log level."""
+    """Nothing on stderr: TensorFlow 2.20 and 2.21 write there on import and in the first run, at any log level."""
     if sys.stderr is None:  # closed by who started this
         yield
         return

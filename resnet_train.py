@@ -18,7 +18,7 @@ import time
 import numpy as np
 
 import data_helpers
-from presets_and_results import (HYPERPARAMETERS, PRESETS, ArgumentParser, InputError, ProgressLine,
+from presets_and_results import (HYPERPARAMETERS, PRESETS, RECIPE, ArgumentParser, InputError, ProgressLine,
                                  check_output_dir, exit_on_input_error, make_preset, start_run)
 # TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
 
@@ -27,6 +27,8 @@ SUMMARY_EVERY = 10        # training steps between points of the training curves
 EVALUATION_BATCH = 500    # images; more are no faster, and cost memory
 REFRESH_IMAGES = 4000     # training images that the statistics are averaged over before a network is judged
 REFRESH_BATCH = 500       # images
+HPARAMS_METRICS = (('dev', 'best_accuracy'), ('dev', 'accuracy'), ('dev', 'loss'), ('train', 'loss'),
+                   ('train', 'images_per_second'))
 
 
 def learning_rate(preset, step):
@@ -96,8 +98,9 @@ class Run:
         self.run_dir = preset.run_dir(output_dir)
         self.saver = tf.train.Saver(max_to_keep=None, save_relative_paths=True)
         self.writers = {name: tf.summary.FileWriter(os.path.join(self.run_dir, 'summaries', name))
-                        for name in ('train', 'dev')}
+                        for name in ('', 'train', 'dev')}
         self.writers['train'].add_graph(session.graph)
+        self._describe_hparams()
         self.best_steps = []
         self.started, self.progress = time.time(), ProgressLine()
         self.training_seconds, self.trained_images = 0.0, 0
@@ -127,8 +130,7 @@ class Run:
             [self.net.train_step, self.net.training_loss, self.net.training_accuracy],
             {self.net.X: x, self.net.Y: y, self.net.learning_rate: rate})
         if not np.isfinite(loss):
-            self.preset.status = 'diverged'
-            self.preset.save(self.output_dir)
+            self._end('diverged')
             raise InputError('run {} diverged: the loss of step {:,} is {} at learning rate {:g}; '
                              'its last good checkpoint: {}. Try a lower --lr'.format(
                                  self.preset.timestamp, step, loss, rate,
@@ -148,12 +150,12 @@ class Run:
         """Judges the weights on the validation images; a new best is saved and recorded."""
         loss, predictions = evaluate(self.net, self.session, images, labels)
         accuracy = float((predictions == labels).mean())
-        self._summarize('dev', step, loss=loss, accuracy=accuracy)
         best = self.preset.val_accuracy is None or accuracy > self.preset.val_accuracy
         if best:
             self.best_steps = (self.best_steps + [step])[-self.preset.num_checkpoints:]
             self.preset.update(dict(val_accuracy=accuracy, early_stopping_epoch=step))
             self.save(step)
+        self._summarize('dev', step, loss=loss, accuracy=accuracy, best_accuracy=self.preset.val_accuracy)
         self.progress.row('validation  step {:,}  epoch {:.2f}  loss {:.4f}  accuracy {:.4f}{}'.format(
             step, step / self.steps_per_epoch, loss, accuracy, '  best' if best else ''))
 
@@ -175,15 +177,34 @@ class Run:
 
     def finish(self, status):
         """Records the end of the run, after its last save, and returns its Preset."""
-        for writer in self.writers.values():
-            writer.close()
-        self.preset.status = status
-        self.preset.save(self.output_dir)
+        self._end(status)
         self.preset.log(self.output_dir, 'train_overall.txt')
         print('Run {0.timestamp} is {0.status}: best validation accuracy {0.val_accuracy:.4f} at step '
               '{0.early_stopping_epoch:,}; {0.training_time:.1f} minutes. Test it with:\n'
               '  python resnet_eval.py --timestamp {0.timestamp}'.format(self.preset))
         return self.preset
+
+    def _end(self, status):
+        from tensorboard.plugins.hparams import api_pb2, summary
+        if status != 'interrupted':
+            self._write_record(summary.session_end_pb(
+                api_pb2.STATUS_SUCCESS if status == 'complete' else api_pb2.STATUS_FAILURE))
+        for writer in self.writers.values():
+            writer.close()
+        self.preset.status = status
+        self.preset.save(self.output_dir)
+
+    def _describe_hparams(self):
+        """The records that TensorBoard's HParams tab lists, sorts and compares runs by."""
+        from tensorboard.plugins.hparams import api
+        names = ('preset', 'model', 'seed') + RECIPE
+        values = {name: getattr(self.preset, name) for name in names if getattr(self.preset, name) is not None}
+        self._write_record(api.hparams_config_pb([api.HParam(name) for name in names], [
+            api.Metric(tag, group=group, display_name='{} {}'.format(group, tag)) for group, tag in HPARAMS_METRICS]))
+        self._write_record(api.hparams_pb(values, trial_id=self.preset.title, start_time_secs=self.preset.timestamp))
+
+    def _write_record(self, record):
+        self.writers[''].add_summary(record.SerializeToString())  # TensorBoard's class is not TensorFlow's
 
     def _images_per_second(self):
         return self.trained_images / self.training_seconds if self.training_seconds else 0.0
