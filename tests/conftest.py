@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 
 import pytest
@@ -14,3 +15,23 @@ def cifar10(monkeypatch):
     import sample
     monkeypatch.setattr(data_helpers, 'SHA256', sample.digests())
     return sample.SAMPLE_DIR
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """A short training: its output folder and what it printed."""
+    import sample
+    output_dir = str(tmp_path_factory.mktemp('trained'))
+    status, out, err = sample.run_script('resnet_train.py', *sample.TINY, '--seed', 5, '--output_dir', output_dir)
+    assert status == 0, err
+    return output_dir, out, err
+
+
+@pytest.fixture(scope='session')
+def tested(trained, tmp_path_factory):
+    """A copy of it, tested: its output folder."""
+    import sample
+    output_dir = str(tmp_path_factory.mktemp('tested') / 'with spaces 와 한글')
+    shutil.copytree(trained[0], output_dir)
+    assert sample.run_script('resnet_eval.py', '--output_dir', output_dir)[0] == 0
+    return output_dir

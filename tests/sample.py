@@ -7,6 +7,8 @@ import sys
 TESTS_DIR = os.path.dirname(os.path.abspath(__file__))
 PROJECT_DIR = os.path.dirname(TESTS_DIR)
 SAMPLE_DIR = os.path.join(TESTS_DIR, 'cifar10_sample')
+TINY = ('--preset', 3, '--num_residual_units', 1, '--batch_size', 100, '--max_steps', 6, '--evaluate_every', 2,
+        '--checkpoint_every', 3, '--num_checkpoints', 2)  # flags of a training on it
 
 
 def content(name):

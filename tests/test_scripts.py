@@ -18,20 +18,7 @@ import sample
 from presets_and_results import COLUMNS, load_preset, make_preset
 from resnet import tf
 from resnet_train import checkpoint_path, checkpoint_steps, learning_rate, train
-from sample import run_script
-
-TINY = ('--preset', 3, '--num_residual_units', 1, '--batch_size', 100, '--max_steps', 6, '--evaluate_every', 2,
-        '--checkpoint_every', 3, '--num_checkpoints', 2)
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """A short training: its output folder and what it printed."""
-    output_dir = str(tmp_path_factory.mktemp('trained'))
-    status, out, err = run_script('resnet_train.py', *TINY, '--seed', 5, '--output_dir', output_dir)
-    assert status == 0, err
-    return output_dir, out, err
-
+from sample import TINY, run_script
 
 def copied(trained, tmp_path):
     shutil.copytree(trained[0], str(tmp_path / 'copied'))
@@ -99,7 +86,10 @@ def test_curves(tmp_path):
     assert status == 0, err
     run_dir = load_preset(str(tmp_path)).run_dir(str(tmp_path))
     train, dev = points(run_dir, 'train'), points(run_dir, 'dev')
-    assert set(train) == {'loss', 'accuracy', 'learning_rate', 'images_per_second'} and set(dev) == {'loss', 'accuracy'}
+    assert set(train) == {'loss', 'accuracy', 'learning_rate', 'images_per_second'} and set(dev) == {
+        'loss', 'accuracy', 'best_accuracy'}
+    best = [max(dev['accuracy'][k] for k in dev['accuracy'] if k <= step) for step in sorted(dev['accuracy'])]
+    assert [dev['best_accuracy'][step] for step in sorted(dev['best_accuracy'])] == best
     assert sorted(train['loss']) == [10, 20] and sorted(dev['loss']) == list(range(2, 21, 2))
     assert abs(train['learning_rate'][20] - 0.1) < 1e-6 and train['loss'][10] > 0
 
@@ -214,25 +204,55 @@ def test_a_run_with_more_variables_and_an_old_pickle_evaluates(trained, tmp_path
     assert status == 0 and 'test accuracy' in out, err
 
 
-def test_own_images(trained, tmp_path):
-    output_dir = trained[0]
-    folder = tmp_path / '내 사진들'
-    folder.mkdir()
-    paths = []
-    for k, shape in enumerate(((40, 60, 3), (1, 1, 3), (300, 20, 3))):
-        paths.append(str(folder / '{}.png'.format(k)))
-        Image.fromarray(np.random.RandomState(k).randint(0, 256, shape).astype(np.uint8)).save(paths[-1])
-    status, out, err = run_script('resnet_eval.py', '--output_dir', output_dir, '--timestamp', '--images', *paths,
-                                  PYTHONIOENCODING='utf-8')
+def classify(output_dir, *places):
+    return run_script('resnet_eval.py', '--output_dir', output_dir, '--timestamp', '--images', *places,
+                      PYTHONIOENCODING='utf-8')
+
+
+def test_own_images_of_all_kinds(trained, tmp_path):
+    output_dir = copied(trained, tmp_path)
+    folder = tmp_path / '내 사진들' / 'deeper'
+    folder.mkdir(parents=True)
+    random = np.random.RandomState(0)
+    for name, shape in (('a.png', (40, 60, 3)), ('$1$ one pixel.jpg', (1, 1, 3)), ('tall.png', (300, 20, 3))):
+        Image.fromarray(random.randint(0, 256, shape).astype(np.uint8)).save(str(folder / name))
+    palette = Image.fromarray(random.randint(0, 8, (50, 50)).astype(np.uint8), mode='P')
+    palette.putpalette(list(random.randint(0, 256, 768)))
+    palette.save(str(folder / 'palette.png'), transparency=3)
+    Image.new('1', (8000, 6300), 1).save(str(folder / '50 megapixels.png'))
+    (folder / '.hidden').write_bytes(b'no image')
+
+    status, out, err = classify(output_dir, folder.parent, folder / '*.png', folder / 'a.png')
     assert status == 0 and err == '', err
-    for k, path in enumerate(paths):
-        alone = run_script('resnet_eval.py', '--output_dir', output_dir, '--images', path, PYTHONIOENCODING='utf-8')[1]
-        assert alone.split() == out.splitlines()[k].split()
-        assert alone.count('%') == 3
+    rows = [line for line in out.splitlines() if line.count('%') == 3]
+    assert [row.split('deeper')[1].split('  ')[0][1:] for row in rows] == [
+        '$1$ one pixel.jpg', '50 megapixels.png', 'a.png', 'palette.png', 'tall.png']  # each once
+    sheet = Image.open(os.path.join(output_dir, 'for_report', 'used_images.png'))
+    for row in rows:
+        name = row.split('deeper')[1].split('  ')[0][1:]
+        alone = classify(output_dir, folder / name)[1].splitlines()[0]
+        assert alone.split() == row.split()
+    assert Image.open(os.path.join(output_dir, 'for_report', 'used_images.png')).height < sheet.height
+
     (folder / 'text.png').write_bytes(b'no image')
-    status, out, err = run_script('resnet_eval.py', '--output_dir', output_dir, '--images', paths[0],
-                                  folder / 'text.png', PYTHONIOENCODING='utf-8')
-    assert status == 2 and out.count('%') == 3 and 'text.png is no image' in err
+    (folder / 'cut.jpg').write_bytes((folder / '$1$ one pixel.jpg').read_bytes()[:300])
+    (tmp_path / 'empty').mkdir()
+    status, out, err = classify(output_dir, folder, tmp_path / 'empty', tmp_path / 'gone*')
+    assert status == 2 and len([line for line in out.splitlines() if line.count('%') == 3]) == 5
+    for message in ('text.png is no image', 'cut.jpg is no image', 'empty holds no files', 'gone* is not there',
+                    '4 places or files were skipped'):
+        assert message in err
+
+
+def test_the_contact_sheet_shows_pictures_and_bars(trained, tmp_path):
+    output_dir = copied(trained, tmp_path)
+    Image.new('RGB', (90, 90), (250, 10, 10)).save(str(tmp_path / 'red.png'))
+    assert classify(output_dir, tmp_path / 'red.png')[0] == 0
+    sheet = np.asarray(Image.open(os.path.join(output_dir, 'for_report', 'used_images.png')).convert('RGB')).astype(int)
+    red = (abs(sheet - (250, 10, 10)).sum(2) < 30).sum(0) > 100  # columns: the picture, a gap, what the network saw
+    assert (np.diff(red.astype(int)) == 1).sum() == 2
+    bars = sheet[:, red.nonzero()[0].max() + 1:]
+    assert ((bars == 0x22).all(2).sum() > 50) and ((bars == 0x99).all(2).sum() > 50)
 
 
 # ------------------------------------------------------------------------------ bad input, before TensorFlow
@@ -251,7 +271,12 @@ def test_own_images(trained, tmp_path):
     ('resnet_eval.py', ['--output_dir', '{empty}'], 'there are no runs in {empty}; make one with'),
     ('resnet_eval.py', ['--output_dir', '{bare}'], 'run {timestamp} has no checkpoint in'),
     ('resnet_eval.py', ['--output_dir', '{trained}', '--data_dir', '{damaged}'], 'test_batch.bin is truncated'),
-    ('resnet_eval.py', ['--output_dir', '{trained}', '--images', __file__], 'none of the 1 files given is an image'),
+    ('resnet_eval.py', ['--output_dir', '{trained}', '--images', __file__], 'there is no image to classify'),
+    ('presets_and_results.py', ['--output_dir', '{empty}'], 'there are no runs in {empty}; make one with'),
+    ('presets_and_results.py', ['--data_dir', '{empty}'], 'unrecognized arguments: --data_dir'),
+    ('tensorboard_run', ['--output_dir', '{empty}'], 'there are no runs in {empty}; make one with'),
+    ('tensorboard_run', ['--output_dir', '{bare}'], 'have no summaries in'),
+    ('tensorboard_run', ['--output_dir', '{trained}', '--port', 'x'], "invalid int value: 'x'"),
 ])
 def test_bad_input(script, flags, message, trained, tmp_path):
     names = dict(trained=trained[0], timestamp=load_preset(trained[0]).timestamp, empty=tmp_path / 'empty',
@@ -287,7 +312,7 @@ def test_a_checkpoint_of_another_network_is_named(trained, tmp_path):
     assert status == 2 and 'does not fit a ResNet14: unit_1_1/' in err
 
 
-@pytest.mark.parametrize('script', ['resnet_train.py', 'resnet_eval.py'])
+@pytest.mark.parametrize('script', ['resnet_train.py', 'resnet_eval.py', 'presets_and_results.py', 'tensorboard_run'])
 def test_help_is_documentation_at_once(script):
     best = float('inf')
     for _ in range(3):  # the machine may be busy
@@ -296,7 +321,7 @@ def test_help_is_documentation_at_once(script):
                                       universal_newlines=True)
         best = min(best, time.time() - began)
     assert best < 1
-    assert '--data_dir' in out and '--output_dir' in out and 'python {}'.format(script) in out
+    assert '--output_dir' in out and script in out and ('--data_dir' in out) == script.startswith('resnet')
     if script == 'resnet_train.py':
         for part in ('--lr FLOAT', '--num_residual_units', 'ResNet56', 'every 24,000 steps'):
             assert part in out
