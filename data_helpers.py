@@ -440,6 +440,8 @@ def read_image(path):
 
     Any format and mode that Pillow opens; of several frames, the first. Raises InputError where it is no image.
     """
+    if not os.path.isfile(path):
+        raise InputError('{} is no file'.format(path))
     try:
         with Image.open(path) as image:
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image), image.format))

@@ -31,6 +31,7 @@ PROJECT_DIR = os.path.dirname(os.path.abspath(__file__))
 PRESET_PICKLE = 'presets_and_results.Preset'
 NUMPY_SCALARS = ('numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar', 'numpy.dtype')
 LARGEST_PRESET_PICKLE = 1 << 20  # bytes; a real one has about one thousand
+LONGEST_TEXT = 200               # characters of an attribute
 NO_RUNS = 'there are no runs in {}; make one with: python resnet_train.py --preset 0'
 PREDICTIONS = 'test_predictions.csv'  # in runs/<timestamp>/
 LARGEST_PREDICTIONS = 1 << 20    # characters; 10,000 images take 40,000
@@ -181,7 +182,7 @@ HYPERPARAMETERS = {  # each has a flag of its name
     'max_steps': Field(int, 1, 10**9, 'stop after so many steps'),
 }
 RECIPE = tuple(name for name in HYPERPARAMETERS if name not in (  # what a result depends on, chance apart
-    'seed', 'evaluate_every', 'checkpoint_every', 'num_checkpoints', 'allow_soft_placement', 'log_device_placement'))
+    'seed', 'checkpoint_every', 'num_checkpoints', 'allow_soft_placement', 'log_device_placement'))
 FIELDS = dict(
     HYPERPARAMETERS,
     preset=Field(int, 0, 10**9, 'number in PRESETS'),
@@ -304,7 +305,8 @@ def read_preset(path):
         preset.update({name: value for name, value in values.items() if value is not None})
         if preset.timestamp is None:
             raise InputError('it has no timestamp')
-        preset.model = values.get('model') or preset.model
+        if re.match(r'[\w.+-]{1,40}$', values.get('model') or ''):  # it goes into titles and names of folders
+            preset.model = values['model']
         return preset
     except (InputError, OSError) as error:
         raise InputError('{} is refused: {}'.format(path, error))
@@ -323,8 +325,10 @@ def _plain(name, value):
             return numpy.frombuffer(data, order + kind, count=1)[0].item()
         except Exception:
             raise InputError('{} is no number'.format(name))
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in (bool, int, float):
         return value
+    if type(value) is str:  # shown in consoles, workbooks and pictures
+        return ''.join(letter if letter.isprintable() else '?' for letter in value[:LONGEST_TEXT])
     raise InputError('{} is of type {}, neither text nor a number'.format(name, type(value).__name__))
 
 
@@ -338,7 +342,12 @@ def load_presets(output_dir):
                 presets.append(read_preset(os.path.join(folder, name)))
             except InputError as error:
                 print('warning: {}'.format(error), file=sys.stderr)
-    return sorted(presets, key=lambda preset: preset.timestamp)
+    presets.sort(key=lambda preset: preset.timestamp)
+    for one, other in zip(presets, presets[1:]):
+        if one.timestamp == other.timestamp:
+            print('warning: there are two records of run {} in {}; one is left out'.format(one.timestamp, folder),
+                  file=sys.stderr)
+    return list({preset.timestamp: preset for preset in presets}.values())
 
 
 def load_preset(output_dir, timestamp=None):
@@ -376,7 +385,7 @@ STUDY_2020 = {number: make_preset(number, timestamp=timestamp, val_accuracy=val,
 TEST_IMAGES = 10000            # of CIFAR-10, where a run's own predictions are not at hand
 Z_95 = 1.959963984540054       # the normal distribution holds 95 % within +- so many standard deviations
 SIGNIFICANCE = 0.05            # two runs differ where chance alone would do so more rarely
-COMPARED = 10                  # best runs whose comparisons are printed; the workbook has all
+COMPARED = 5                   # best runs whose comparisons are printed; the workbook has all
 
 
 def best_first(presets):
@@ -398,7 +407,7 @@ def interval(hits, n):
     p, spread = hits / n, Z_95 ** 2 / n
     middle = (p + spread / 2) / (1 + spread)
     half = math.sqrt(p * (1 - p) * spread + spread ** 2 / 4) / (1 + spread)
-    return middle - half, middle + half
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # rounding could leave p outside
 
 
 def test_interval(preset, judged):
@@ -446,8 +455,8 @@ Seeds = collections.namedtuple('Seeds', 'preset seeds mean deviation low high')
 def over_seeds(presets):
     """Seeds of each recipe that was run to its end with several: mean, sample standard deviation, range."""
     recipes = collections.OrderedDict()
-    for preset in presets:
-        if preset.finished and preset.status in (None, 'complete'):
+    for preset in sorted(presets, key=lambda preset: preset.timestamp):  # of a seed's runs the first, not the luckiest
+        if preset.finished and preset.status == 'complete':
             recipe = (preset.preset,) + tuple(getattr(preset, name) for name in RECIPE)
             recipes.setdefault(recipe, {}).setdefault(preset.seed, preset)
     for runs in recipes.values():
@@ -483,7 +492,7 @@ def load_predictions(presets, output_dir):
             labels, predictions = np.array([line.split(',') for line in lines], np.int64).T
             if abs((labels == predictions).mean() - preset.test_accuracy) > 1e-6:
                 raise ValueError('they are not those of the recorded test accuracy')
-            if min(labels.min(), predictions.min()) < 0 or max(labels.max(), predictions.max()) >= preset.num_classes:
+            if min(labels.min(), predictions.min()) < 0 or labels.max() > 9 or predictions.max() >= preset.num_classes:
                 raise ValueError('they name classes that there are not')
             judged[preset.timestamp] = labels, predictions
         except (OSError, ValueError, OverflowError) as error:
@@ -530,8 +539,9 @@ def print_table(presets, judged):
         steps = preset.steps or preset.early_stopping_epoch
         rows.append((
             str(number), str(preset.timestamp), str(preset.preset), preset.model, '{:g}'.format(preset.lr_decay),
-            str(preset.seed), '' if steps is None else '{:,}'.format(steps), percent(preset.val_accuracy),
-            percent(preset.test_accuracy), '{:.2%} to {:.2%}'.format(*bounds) if bounds else '',
+            '' if preset.status is None else str(preset.seed), '' if steps is None else '{:,}'.format(steps),
+            percent(preset.val_accuracy), percent(preset.test_accuracy),
+            '{:.2%} to {:.2%}'.format(*bounds) if bounds else '',
             '' if preset.training_time is None else '{:.1f}'.format(preset.training_time), remark(preset)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -556,10 +566,11 @@ def print_uncertainty(presets, judged, comparisons):
         print('{} of {} pairs{} differ beyond chance (exact McNemar test, p < {} for each pair).'.format(
             differing, len(printed), ' among the best {}'.format(COMPARED) if len(presets) > COMPARED else '',
             SIGNIFICANCE))
-    for number, preset in enumerate(presets, 1):
-        if preset.finished and preset.timestamp not in judged:
-            print('{0} has no saved predictions to compare; to have them: python resnet_eval.py --timestamp {1}'.format(
-                number, preset.timestamp))
+    silent = [str(number) for number, preset in enumerate(presets, 1)
+              if preset.finished and preset.timestamp not in judged]
+    if silent:
+        print('No saved predictions to compare: {}{}. A test saves them: python resnet_eval.py --timestamp ...'.format(
+            ', '.join(silent[:COMPARED]), ' and {} more'.format(len(silent) - COMPARED) * (len(silent) > COMPARED)))
 
 
 COLUMN_GROUPS = {  # the first column of each
@@ -609,14 +620,15 @@ def _fill_runs(sheet, presets, judged):
 
 
 def _fill_study(sheet, presets, judged):
-    """The 2020 results beside the best of ours with the same recipe, seed and length apart."""
+    """The 2020 results beside ours of the same recipe, max_steps apart: the best of them by validation accuracy."""
     sheet.title = '2020 study'
     names = ['val_accuracy', 'test_accuracy', 'test_95_low', 'test_95_high', 'training_time', 'early_stopping_epoch']
     rows = [[None, None, None, 'study of 2020: one Colab GPU, one seed each'] + [None] * 5 + ['this collection'],
             ['preset', 'model', 'lr_decay'] + names + ['timestamp'] + names + ['steps', 'device', 'remark']]
     for number, study in STUDY_2020.items():
-        ours = next((preset for preset in presets if preset.preset == number and preset.finished and all(
-            getattr(preset, name) == getattr(study, name) for name in RECIPE if name != 'max_steps')), None)
+        ours = max((preset for preset in presets if preset.preset == number and preset.finished and all(
+            getattr(preset, name) == getattr(study, name) for name in RECIPE if name != 'max_steps')),
+            key=lambda preset: preset.val_accuracy or 0, default=None)
         row = [number, study.model, study.lr_decay]
         for preset in filter(None, (study, ours)):
             if preset is ours:
@@ -698,7 +710,7 @@ def _fill(sheet, rows, headers):
         for k, value in enumerate(row, 1):
             cell = sheet.cell(i, k)
             if isinstance(value, str):
-                cell.value, cell.data_type = re.sub('[\x00-\x1f]', ' ', value), 's'  # or '=1+1' is a formula
+                cell.value, cell.data_type = value, 's'  # or '=1+1' is a formula
             else:
                 cell.value = value
             percent = 'accuracy' in names[k - 1] or '_95_' in names[k - 1]
@@ -713,7 +725,7 @@ def _fill(sheet, rows, headers):
             if i >= headers:  # the row of groups is merged over several columns
                 widths[k - 1] = max(widths[k - 1], 8 if isinstance(value, float) else len(str(value)))
     for k, width in enumerate(widths, 1):
-        sheet.column_dimensions[get_column_letter(k)].width = width + 4
+        sheet.column_dimensions[get_column_letter(k)].width = min(width, 60) + 4
     sheet.freeze_panes = sheet.cell(headers + 1, 1)
     sheet.print_title_rows = '1:{}'.format(headers)
     sheet.page_setup.orientation, sheet.page_setup.fitToHeight = 'landscape', 0
@@ -756,19 +768,17 @@ def write_report(output_dir, name, content, same=lambda one, other: one == other
     """Writes bytes to for_report/<name> unless the `same` is there. Raises InputError where that is not possible."""
     path = os.path.join(output_dir, 'for_report', name)
     try:
-        if os.path.exists(path):
-            with open(path, 'rb') as file:
-                if same(file.read(), content):
-                    print('unchanged  {}'.format(path))
-                    return
-    except Exception:
-        pass  # what is there is damaged: it is replaced
+        with open(path, 'rb') as file:
+            unchanged = same(file.read(), content)
+    except Exception:  # there is none, or it is damaged
+        unchanged = False
     try:
-        write_atomically(path, content)
+        if not unchanged:
+            write_atomically(path, content)
     except OSError as error:
         raise InputError('{} cannot be written ({}); close it where it is open, or see to the folder\'s '
                          'permissions'.format(path, error.strerror or error))
-    print('written    {}'.format(path), flush=True)
+    print('{}  {}'.format('unchanged' if unchanged else 'written  ', path), flush=True)
 
 
 def _stroke(k):
@@ -800,7 +810,7 @@ def runs_figure(presets, curves):
     _curve_axes(axes)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8, loc='best')
-    axes.set_title('Validation accuracy (5,000 images), runs numbered by test accuracy', fontsize=10)
+    axes.set_title('Validation accuracy (5,000 images); runs by test accuracy, untested ones last', fontsize=10)
     figure.tight_layout()
     return figure
 
@@ -822,7 +832,11 @@ def comparison_figure(attribute, label, other, presets, curves, judged):
                       label='{:g}'.format(value) if value not in labelled else None, **_stroke(values.index(value)))
             labelled.add(value)
     _curve_axes(left)
-    if labelled:
+    if not labelled:
+        left.text(0.5, 0.5, 'no run has curves', ha='center', transform=left.transAxes)
+        left.set_xticks([])
+        left.set_yticks([])
+    else:
         handles, labels = left.get_legend_handles_labels()
         order = sorted(range(len(labels)), key=lambda k: float(labels[k]))
         left.legend([handles[k] for k in order], [labels[k] for k in order], title=label.split(' (')[0], fontsize=8,
@@ -830,6 +844,7 @@ def comparison_figure(attribute, label, other, presets, curves, judged):
 
     finished = [preset for preset in presets if preset.finished]
     places = sorted({getattr(preset, attribute) for preset in finished + list(STUDY_2020.values())})
+    crowd = collections.Counter(getattr(preset, attribute) for preset in finished + list(STUDY_2020.values()))
     taken = collections.Counter()  # runs beside one another at a value
     for runs, fill, source in (([preset for preset in finished if not remark(preset)], '#222222', 'this collection'),
                                ([preset for preset in finished if remark(preset)], '#aaaaaa', 'shortened'),
@@ -838,15 +853,17 @@ def comparison_figure(attribute, label, other, presets, curves, judged):
             value = getattr(preset, attribute)
             low, high = test_interval(preset, judged)
             accuracy = 100 * preset.test_accuracy
-            x = places.index(value) - 0.3 + 0.12 * (taken[value] % 6)
+            x = places.index(value) + min(0.12, 0.8 / crowd[value]) * (taken[value] - (crowd[value] - 1) / 2)
             right.errorbar(x, accuracy, [[accuracy - 100 * low], [100 * high - accuracy]], fmt='o', color='#222222',
                            mfc=fill, capsize=2, markersize=5, linewidth=1,
                            label=source if preset is runs[0] else None)
-            right.annotate('{:g}'.format(getattr(preset, other)), (x, 100 * low), (0, -4), fontsize=6.5, ha='center',
-                           textcoords='offset points', va='top', rotation=90)
+            if crowd[value] <= 6:
+                right.annotate('{:g}'.format(getattr(preset, other)), (x, 100 * low), (0, -4), fontsize=6.5,
+                               textcoords='offset points', ha='center', va='top', rotation=90)
             taken[value] += 1
     right.set_xticks(range(len(places)))
-    right.set_xticklabels(['{:g}'.format(place) for place in places])
+    right.set_xticklabels(['{:g}'.format(place) for place in places], rotation=90 * (len(places) > 8))
+    right.margins(y=0.12)
     right.set_xlim(-0.6, len(places) - 0.4)
     right.set_xlabel(label)
     right.set_ylabel('test accuracy (%), with 95 % interval')
@@ -874,7 +891,7 @@ def confusion_figure(preset, labels, predictions):
     axes.set_yticks(range(len(CLASSES)))
     axes.set_xticklabels(CLASSES, rotation=45, ha='right')
     axes.set_yticklabels(CLASSES)
-    axes.set_xlabel('predicted class')
+    axes.set_xlabel('predicted class' + '; {:,} beyond the ten'.format((~known).sum()) * (not known.all()))
     axes.set_ylabel('true class')
     axes.set_title('{}: {:.2%} of {:,} test images right'.format(
         preset.title, preset.test_accuracy, len(labels)), fontsize=10)
@@ -895,9 +912,18 @@ def read_network(preset, output_dir):
     events = read_events(preset.run_dir(output_dir), 'train')
     if events is None or not events.Tags()['graph']:
         return None
+    try:
+        stages = _stages(events.Graph())
+    except (KeyError, IndexError):  # the graph of another program
+        return None
+    return stages if all(len(stage.operations) >= 6 for stage in stages if stage.units) else None
+
+
+def _stages(graph):
+    """read_network's Stages of a GraphDef. Raises KeyError or IndexError where it is not of a ResNet of ours."""
     scopes = collections.OrderedDict()  # of the inference form; the training form lies under training/
     kernels = {}
-    for node in events.Graph().node:
+    for node in graph.node:
         scope, _, inside = node.name.partition('/')
         if scope not in ('init', 'logit') and not scope.startswith('unit_'):
             continue
@@ -924,9 +950,7 @@ def read_network(preset, output_dir):
     groups = [('stem', ['init'])] + [('group {}'.format(group), [
         name for name in scopes if name.startswith('unit_{}_'.format(group))]) for group in (1, 2, 3)]
     for title, members in groups + [('head', ['unit_last', 'logit'])]:
-        found = [scopes[name] for name in members if name in scopes]
-        if not found or not found[-1][2]:
-            return None  # the graph of another program
+        found = [scopes[name] for name in members]
         operations = found[0][0] + (found[1][0] if title == 'head' else [])
         stages.append(Stage(title, len(found) if title.startswith('group') else 0, operations, found[-1][2][-1],
                             sum(sum(parameters) for _, parameters, _ in found)))
@@ -995,9 +1019,12 @@ def network_figure(preset, stages):
 
 def report(output_dir):
     """Prints all runs and writes for_report/. Raises InputError where there are none, or it cannot be written."""
-    presets = best_first(load_presets(output_dir))
+    presets = load_presets(output_dir)
     if not presets:
         raise InputError(NO_RUNS.format(output_dir))
+    for preset in presets:  # others' records may say finished without a result
+        preset.finished = preset.finished and preset.test_accuracy is not None
+    presets = best_first(presets)
     judged = load_predictions(presets, output_dir)
     comparisons = compare(presets, judged)
     print_table(presets, judged)
@@ -1067,6 +1094,9 @@ class ProgressLine:
 def exit_on_input_error(main):
     """Decorates a script's main(): an InputError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     def wrapped(*args):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, 'reconfigure'):  # a notebook's has not
+                stream.reconfigure(errors='replace')  # letters that the console lacks
         try:
             return main(*args)
         except InputError as error:
@@ -1075,6 +1105,9 @@ def exit_on_input_error(main):
         except KeyboardInterrupt:
             print('\nBroken off.', file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:  # the reader has seen enough, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
     return wrapped
 
 

@@ -1,9 +1,9 @@
 """Tests trained runs on CIFAR-10's 10,000 test images, or classifies a person's own images.
 
     python resnet_eval.py                            every run that is not finished
-    python resnet_eval.py --timestamp 1601870034     that run
+    python resnet_eval.py --timestamp 1795478727     that run
     python resnet_eval.py --timestamp                the newest
-    python resnet_eval.py --timestamp 1601870034 --images cat.jpg photos/
+    python resnet_eval.py --timestamp 1795478727 --images cat.jpg photos/
 
 A test takes the run's best checkpoint by validation accuracy, prints accuracy by class and the
 confusion matrix, and records the test accuracy in the run's pickle and in INFOS/eval_overall.txt,
@@ -83,10 +83,13 @@ def test(preset, checkpoint, images, labels, output_dir):
     now = read_preset(preset.pickle_path(output_dir))
     if now.early_stopping_epoch != preset.early_stopping_epoch:
         raise InputError('run {} has gone on training meanwhile; test it again'.format(preset.timestamp))
-    save_predictions(preset, output_dir, labels, predictions)
     now.update(dict(test_accuracy=accuracy, finished=True))
-    now.save(output_dir)
-    now.log(output_dir, 'eval_overall.txt')
+    try:
+        save_predictions(now, output_dir, labels, predictions)
+        now.save(output_dir)
+        now.log(output_dir, 'eval_overall.txt')
+    except OSError as error:
+        raise InputError('the result of run {} cannot be written ({})'.format(now.timestamp, error))
     return accuracy, confusion
 
 
@@ -115,13 +118,14 @@ def classify(preset, checkpoint, places, output_dir):
         try:
             picture = data_helpers.read_image(path)
             pictures.append(data_helpers.resize(picture))
-            previews.append(Image.fromarray(picture))
-            previews[-1].thumbnail((PREVIEW, PREVIEW), Image.BILINEAR)
             names.append(path)
+            if len(previews) < SHEET:
+                previews.append(Image.fromarray(picture))
+                previews[-1].thumbnail((PREVIEW, PREVIEW), Image.BILINEAR)
         except InputError as error:
             problems.append(str(error))
     for problem in problems:
-        print('skipped: {}'.format(problem), file=sys.stderr)
+        print('skipped: {}'.format(_printable(problem)), file=sys.stderr)
     if not pictures:
         raise InputError('there is no image to classify in what --images names')
 
@@ -157,7 +161,7 @@ def _columns(text):
 
 def _draw_contact_sheet(preset, labels, previews, pictures, probabilities, output_dir):
     """for_report/used_images.png: an image a cell, as given, as the network saw it, and its probabilities."""
-    shown = min(len(pictures), SHEET)
+    shown = len(previews)
     across = min(3, -(-shown // 4))
     down = -(-shown // across)
     width, height = 5.2, 1.75  # of a cell, inches
@@ -169,12 +173,12 @@ def _draw_contact_sheet(preset, labels, previews, pictures, probabilities, outpu
               fontsize=8, va='center')
     for k in range(shown):
         left, bottom = width * (k % across), height * (down - 1 - k // across)
-        text, family = _drawable(_fitting(labels[k], 64))
+        text, family = _drawable(_fitting(labels[k], 48))
         axes.text(left + 0.1, bottom + 1.6, text, fontsize=8, va='center', family=family)
         columns, rows = previews[k].size
         scale = 1.4 / max(columns, rows)
         x, y = left + 0.8, bottom + 0.78
-        half = columns * scale / 2, rows * scale / 2
+        half = max(columns * scale / 2, 0.015), max(rows * scale / 2, 0.015)  # a hair at least
         axes.imshow(np.asarray(previews[k]), extent=(x - half[0], x + half[0], y - half[1], y + half[1]),
                     interpolation='antialiased' if max(columns, rows) > 32 else 'nearest')
         axes.imshow(pictures[k], extent=(left + 1.6, left + 3, y - 0.7, y + 0.7), interpolation='nearest')

@@ -53,7 +53,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     printed = ''.join(output.get('text', '') for output in outputs)
     pictures = sum('image/png' in output.get('data', {}) for output in outputs)
     assert 'is complete: best validation accuracy' in printed and 'test accuracy 0.' in printed
-    assert 'TensorBoard shows 1 runs at http://localhost:' in printed and 'test image 0, cat.png' in printed
+    assert 'TensorBoard shows 1 run at http://localhost:' in printed and 'test image 0, cat.png' in printed
     assert pictures == 7 and any('IFrame' in str(output.get('data', {})) for output in outputs)
     assert not [output for output in outputs if output.output_type == 'stream' and output.name == 'stderr'], printed
     assert os.path.exists(str(folder / 'LastResNet' / 'for_report' / 'evaluation_report.xlsx'))

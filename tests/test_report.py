@@ -2,6 +2,8 @@
 import glob
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import openpyxl
@@ -26,8 +28,10 @@ def test_interval_by_hand():
     # 8,000 of 10,000, z^2 / n = 0.00038415: middle 0.80019207 / 1.00038415 = 0.79988480,
     # half sqrt(0.16 * 0.00038415 + 0.00038415^2 / 4) / 1.00038415 = 0.0078422 / 1.00038415 = 0.0078392.
     assert interval(8000, 10000) == pytest.approx((0.7920456, 0.8077240), abs=1e-6)
-    low, high = interval(10, 10)
-    assert 0.7 < low < 0.75 and high == pytest.approx(1)
+    for n in range(1, 100):  # rounding must not leave the accuracy outside
+        low, high = interval(n, n)
+        assert 0 < low < 1 and high == 1 and interval(0, n)[0] == 0
+    assert interval(10, 10)[0] == pytest.approx(0.72247, abs=1e-5)  # 1 / (1 + z^2 / n)
 
 
 @pytest.mark.parametrize('counts, p', [
@@ -58,7 +62,7 @@ def test_spread_over_seeds():
                                           timestamp=seed), **values))
     runs = [run(0, 0.70), run(1, 0.72), run(2, 0.74), run(3, 0.1, status='interrupted'), run(4, 0.1, lr=0.2),
             run(5, 0.1, finished=False), run(1, 0.9, timestamp=9)]
-    (seeds,) = over_seeds(runs)
+    (seeds,) = over_seeds(best_first(runs))  # the second run of seed 1 is better, and does not count
     assert seeds.seeds == [0, 1, 2] and (seeds.low, seeds.high) == (0.70, 0.74)
     assert seeds.mean == pytest.approx(0.72) and seeds.deviation == pytest.approx(0.02)
 
@@ -93,7 +97,8 @@ def reported(tested, tmp_path_factory):
     shutil.copytree(tested, output_dir)
     other = make_preset(4, timestamp=7, val_accuracy=0.6, steps=100, status='interrupted')
     hostile = make_preset(2, timestamp=8, val_accuracy=0.99, test_accuracy=0.98, finished=True, status='complete',
-                          device='=HYPERLINK("http://x")\x07')
+                          device='=HYPERLINK("http://x")\x07\ufffe\ud800')
+    hostile.model = '/../$x'
     for preset in (other, hostile):
         preset.save(output_dir)
     status, out, err = run_script('presets_and_results.py', '--output_dir', output_dir, tensorflow=False)
@@ -108,7 +113,7 @@ def test_the_table_is_aligned_and_says_what_is_unfinished(reported):
     assert 'ResNet32' in table[1] and '98.00%' in table[1] and '97.71% to 98.26%' in table[1]
     assert 'shortened' in table[2] and table[3].endswith('unfinished: interrupted, not tested')
     assert len({row.index(' ', 3) for row in table}) <= 2 and len({row.find('%') for row in table[1:]}) == 1
-    assert '1 has no saved predictions' in out
+    assert 'No saved predictions to compare: 1.' in out
 
 
 def test_the_workbook(reported):
@@ -193,7 +198,42 @@ def test_the_network_is_read_as_it_was_built(tested):
         'conv 3x3\n32 to 32\nstride 2', 'pool']
 
 
-# ------------------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------------------ odd and bad input
+
+def test_many_runs_and_records_without_results(tmp_path, capsys):
+    random = np.random.RandomState(0)
+    for k in range(60):
+        make_preset(k % 6, timestamp=k, val_accuracy=random.rand(), test_accuracy=random.rand(), finished=True,
+                    lr_decay=0.8 + 0.01 * (k % 15)).save(str(tmp_path))
+    make_preset(0, timestamp=60, finished=True).save(str(tmp_path))
+    perfect = make_preset(0, timestamp=61, test_accuracy=1, finished=True, num_classes=12)
+    perfect.save(str(tmp_path))
+    save_predictions(perfect, str(tmp_path), np.arange(10), np.arange(10))
+    shutil.copy(perfect.pickle_path(str(tmp_path)), str(tmp_path / 'INFOS' / 'pickles' / 'copy.pickle'))
+    report(str(tmp_path))
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) < 62 + 20 and '100.00%' in out and 'unfinished: not tested' in out
+    assert err == 'warning: there are two records of run 61 in {}; one is left out\n'.format(
+        tmp_path / 'INFOS' / 'pickles')
+
+
+def test_a_foreign_graph_is_passed_over(tmp_path):
+    from resnet import tf
+    preset = make_preset(0, timestamp=5)
+    with tf.Graph().as_default() as graph:
+        with tf.variable_scope('init'):
+            tf.nn.conv2d(tf.zeros([1, 8, 8, 3]), tf.get_variable('kernel', [3, 3, 3, 4]), 1, 'SAME')
+        tf.summary.FileWriter(os.path.join(preset.run_dir(str(tmp_path)), 'summaries', 'train'), graph).close()
+    assert read_network(preset, str(tmp_path)) is None
+
+
+def test_a_reader_that_leaves_early(reported):
+    script = os.path.join(presets_and_results.PROJECT_DIR, 'presets_and_results.py')
+    process = subprocess.Popen([sys.executable, script, '--output_dir', reported[0]], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b'' and process.wait(60) == 141
+
 
 def test_a_run_without_summaries(reported, tmp_path, capsys):
     output_dir = str(tmp_path / 'bare')

@@ -235,12 +235,13 @@ def test_own_images_of_all_kinds(trained, tmp_path):
     assert Image.open(os.path.join(output_dir, 'for_report', 'used_images.png')).height < sheet.height
 
     (folder / 'text.png').write_bytes(b'no image')
+    os.mkfifo(str(folder / 'fifo'))
     (folder / 'cut.jpg').write_bytes((folder / '$1$ one pixel.jpg').read_bytes()[:300])
     (tmp_path / 'empty').mkdir()
     status, out, err = classify(output_dir, folder, tmp_path / 'empty', tmp_path / 'gone*')
     assert status == 2 and len([line for line in out.splitlines() if line.count('%') == 3]) == 5
     for message in ('text.png is no image', 'cut.jpg is no image', 'empty holds no files', 'gone* is not there',
-                    '4 places or files were skipped'):
+                    'fifo is no file', '5 places or files were skipped'):
         assert message in err
 
 
@@ -275,8 +276,11 @@ def test_the_contact_sheet_shows_pictures_and_bars(trained, tmp_path):
     ('presets_and_results.py', ['--output_dir', '{empty}'], 'there are no runs in {empty}; make one with'),
     ('presets_and_results.py', ['--data_dir', '{empty}'], 'unrecognized arguments: --data_dir'),
     ('tensorboard_run', ['--output_dir', '{empty}'], 'there are no runs in {empty}; make one with'),
-    ('tensorboard_run', ['--output_dir', '{bare}'], 'have no summaries in'),
+    ('tensorboard_run', ['--output_dir', '{bare}'], 'no run on record has summaries in'),
     ('tensorboard_run', ['--output_dir', '{trained}', '--port', 'x'], "invalid int value: 'x'"),
+    ('tensorboard_run', ['--output_dir', '{trained}', '--port', '99999'], '--port must be from 0'),
+    ('tensorboard_run', ['--output_dir', '{trained}', '--bogus'], 'unrecognized arguments: --bogus'),
+    ('tensorboard_run', ['--output_dir', '{trained}', '--host', '1.2.3.4'], 'ssign'),  # cannot (be) assign(ed)
 ])
 def test_bad_input(script, flags, message, trained, tmp_path):
     names = dict(trained=trained[0], timestamp=load_preset(trained[0]).timestamp, empty=tmp_path / 'empty',
