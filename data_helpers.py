@@ -6,6 +6,7 @@ Order and augmentation are drawn from NumPy's RandomState, whose stream is froze
 seed gives the same batches on every stack.
 """
 import collections
+import concurrent.futures
 import functools
 import glob
 import hashlib
@@ -388,6 +389,16 @@ def training_batches(images, labels, batch_size, seed, augmentation, first_step=
         now = slice(k * batch_size, (k + 1) * batch_size)
         batch = images[order[now]]
         yield (augment(batch, flips[now], offsets[now]) if augmentation else scale(batch)), labels[order[now]]
+
+
+def in_background(batches):
+    """Yields what the endless `batches` yields; a thread prepares each while the caller works on the one before."""
+    with concurrent.futures.ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, batches)
+        while True:
+            batch = coming.result()
+            coming = worker.submit(next, batches)
+            yield batch
 
 
 def scale(images):

@@ -921,27 +921,37 @@ def read_network(preset, output_dir):
 
 def _stages(graph):
     """read_network's Stages of a GraphDef. Raises KeyError or IndexError where it is not of a ResNet of ours."""
-    scopes = collections.OrderedDict()  # of the inference form; the training form lies under training/
-    kernels = {}
+    nodes = {node.name: node for node in graph.node}
+
+    def kernel_of(node):
+        """The shape of the variable that a product takes, perhaps by way of identities."""
+        source = nodes[node.input[1]]
+        while source.op == 'Identity':
+            source = nodes[source.input[0]]
+        return [dim.size for dim in source.attr['shape'].shape.dim]
+
+    scopes = collections.OrderedDict()
     for node in graph.node:
-        scope, _, inside = node.name.partition('/')
+        # Operations are those of the training form, for the inference form is folded; variables belong to both.
+        name = node.name[len('training/'):] if node.name.startswith('training/') else node.name
+        if name == node.name and node.op != 'VariableV2':
+            continue
+        scope, _, inside = name.partition('/')
         if scope not in ('init', 'logit') and not scope.startswith('unit_'):
             continue
         operations, parameters, shapes = scopes.setdefault(scope, ([], [], []))
         leaf = inside.rpartition('/')[2]
         if node.op == 'VariableV2' and leaf in ('DW', 'beta', 'gamma', 'biases'):
-            kernels[node.name] = [dim.size for dim in node.attr['shape'].shape.dim]
-            parameters.append(_product(kernels[node.name]))
+            parameters.append(_product(dim.size for dim in node.attr['shape'].shape.dim))
         elif node.op == 'Conv2D':
-            kernel = kernels[node.name.rpartition('/')[0] + '/DW']
-            operations.append('conv {}x{}\n{} to {}'.format(*kernel) + (
+            operations.append('conv {}x{}\n{} to {}'.format(*kernel_of(node)) + (
                 '\nstride 2' if node.attr['strides'].list.i[1] == 2 else ''))
         elif node.op.startswith('FusedBatchNorm'):
             operations.append('batch\nnorm')
         elif node.op == 'LeakyRelu':
             operations.append('leaky\nReLU')
         elif node.op == 'MatMul':
-            operations += ['mean over\nh, w', 'dense\n{} to {}'.format(*kernels[scope + '/DW'])]
+            operations += ['mean over\nh, w', 'dense\n{} to {}'.format(*kernel_of(node))]
         elif node.op == 'AvgPool':
             operations.append('pool')
         if node.op in ('Conv2D', 'AddV2', 'Add', 'BiasAdd') and node.attr['_output_shapes'].list.shape:

@@ -24,7 +24,7 @@ from presets_and_results import (HYPERPARAMETERS, PRESETS, RECIPE, ArgumentParse
 
 DECAY_STEPS = 24000       # training steps between decays of the learning rate
 SUMMARY_EVERY = 10        # training steps between points of the training curves
-EVALUATION_BATCH = 500    # images; more are no faster, and cost memory
+EVALUATION_BATCH = 500    # images; more are hardly faster, and cost memory
 REFRESH_IMAGES = 4000     # training images that the statistics are averaged over before a network is judged
 REFRESH_BATCH = 500       # images
 HPARAMS_METRICS = (('dev', 'best_accuracy'), ('dev', 'accuracy'), ('dev', 'loss'), ('train', 'loss'),
@@ -65,10 +65,9 @@ def train(preset, data_dir, output_dir):
             session.run(tf.global_variables_initializer())
             run = Run(preset, net, session, output_dir, len(training[0]))
             run.announce(data_dir, len(training[0]), len(validation[0]))
-            batches = data_helpers.training_batches(*training, preset.batch_size, preset.seed,
-                                                    preset.data_augmentation)
-            for step, (x, y) in enumerate(batches, 1):
-                run.train_step(step, x, data_helpers.one_hot(y, preset.num_classes))
+            session.graph.finalize()  # from here on nothing may add to it, which would slow every step
+            for step, (x, y) in enumerate(run.batches(*training), 1):
+                run.train_step(step, x, y)
                 ending = step == run.last_step or bool(stop)
                 validating = ending or step % preset.evaluate_every == 0
                 saving = ending or step % preset.checkpoint_every == 0
@@ -121,6 +120,15 @@ class Run:
                   'on' if self.preset.data_augmentation else 'off',
                   self.last_step, self.last_step / self.steps_per_epoch, n_training, n_validation, data_dir,
                   self.run_dir, os.path.join(self.output_dir, 'INFOS')), flush=True)
+
+    def batches(self, images, labels):
+        """The endless training batches, prepared in the background, of uint8 [N, 32, 32, 3] and int64 [N].
+
+        Yields float32 [B, 32, 32, 3] in [-1, 1], and one-hot float32 [B, num_classes].
+        """
+        return data_helpers.in_background(
+            (x, data_helpers.one_hot(y, self.preset.num_classes)) for x, y in data_helpers.training_batches(
+                images, labels, self.preset.batch_size, self.preset.seed, self.preset.data_augmentation))
 
     def train_step(self, step, x, y):
         """One step of SGD on a batch; a point of the curves and the progress line now and then."""

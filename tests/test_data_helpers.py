@@ -516,3 +516,15 @@ def test_resize_is_the_same_on_every_stack(monkeypatch):
             assert np.array_equal(resized[k], imresize(images[k], (32, 32)))
         monkeypatch.setitem(sys.modules, 'scipy.misc', None)
         assert all(np.array_equal(data_helpers.resize(image), known) for image, known in zip(images, resized))
+
+
+def test_batches_prepared_in_the_background_are_the_same():
+    def counted():
+        for k in range(5):
+            yield k
+        raise ValueError('spoilt')
+    seen = []
+    with pytest.raises(ValueError, match='spoilt'):
+        for k in data_helpers.in_background(counted()):
+            seen.append(k)
+    assert seen == [0, 1, 2, 3, 4]

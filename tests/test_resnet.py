@@ -7,6 +7,7 @@ import data_helpers
 import numpy_resnet
 import sample
 from presets_and_results import load_preset, make_preset
+import resnet
 from resnet import ResNet, tf
 from resnet_eval import best_checkpoint, restored
 from resnet_train import evaluate, make_session
@@ -87,7 +88,27 @@ def test_parameter_count(graph, n, classes):
     # Each unit normalizes what comes in and what its first convolution gives.
     normalization = 2 * (16 * 2 * n + (16 + 32 * (2 * n - 1)) + (32 + 64 * (2 * n - 1)) + 64)
     assert net.count_parameters() == kernels + normalization + 64 * classes + classes
-    assert len(ops(graph, 'FusedBatchNormV3')) == 6 * n + 1 == len(ops(graph, 'LeakyRelu'))
+    # Those inside the units are folded into the convolutions before them, the others with oneDNN into depthwise ones.
+    unfolded = ops(graph, 'FusedBatchNormV3') + ops(graph, 'DepthwiseConv2dNative')
+    assert len(unfolded) == 3 * n + 1 and len(ops(graph, 'LeakyRelu')) == 6 * n + 1
+
+
+def test_gradients_do_not_depend_on_whose_kernels_compute_them(monkeypatch):
+    random = np.random.RandomState(0)
+    x, y = random.uniform(-1, 1, (8, 32, 32, 3)), np.eye(10)[random.randint(0, 10, 8)]
+    gradients = {}
+    for kernels in ('Eigen', 'oneDNN'):
+        monkeypatch.setattr(resnet, 'KERNELS', kernels)
+        with tf.Graph().as_default() as graph:
+            net = ResNet(make_preset(3, num_residual_units=2))
+            with make_session(net.preset) as session:
+                session.run(tf.global_variables_initializer())
+                gradients[kernels] = session.run(tf.gradients(net.training_loss, tf.trainable_variables()),
+                                                 {net.X: x, net.Y: y})
+            natively = len([op for op in graph.get_operations() if op.type == 'Conv2DBackpropInput'])
+            assert natively == 2 * (2 if kernels == 'Eigen' else 13)  # train_step's too; the strided alone, or all
+    for one, other in zip(*gradients.values()):
+        assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
 
 
 def test_initial_weights(graph):
