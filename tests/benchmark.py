@@ -11,9 +11,11 @@ over the turns, so that a machine that drifts does not bias it. The images are r
 does not depend on them, and no data set is needed. Leave the machine alone meanwhile.
 """
 import argparse
+import atexit
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ sys.path.insert(0, PROJECT_DIR)
 import numpy as np
 
 import data_helpers
-from presets_and_results import ArgumentParser, exit_on_input_error, make_preset
+from presets_and_results import check_output_dir, exit_on_input_error, make_preset, start_run
 
 IMAGES = 45000       # training images, as in CIFAR-10
 EVALUATED = 1000     # images; evaluations are of multiples of so many
@@ -41,8 +43,8 @@ def ours(preset, images, labels):
     """The scripts' own loop, evaluation and input."""
     from resnet import ResNet, tf
     from resnet_train import Run, evaluate, make_session
-    from presets_and_results import check_output_dir, start_run
     output_dir = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, output_dir, ignore_errors=True)
     check_output_dir(output_dir)
     start_run(preset, output_dir)
     net = ResNet(preset)
