@@ -711,6 +711,8 @@ def _fill(sheet, rows, headers):
             cell = sheet.cell(i, k)
             if isinstance(value, str):
                 cell.value, cell.data_type = value, 's'  # or '=1+1' is a formula
+            elif isinstance(value, float):
+                cell.value = float('{:.9g}'.format(value))  # further digits vary with the versions of Python and SciPy
             else:
                 cell.value = value
             percent = 'accuracy' in names[k - 1] or '_95_' in names[k - 1]
