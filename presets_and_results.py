@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -328,7 +329,7 @@ def _plain(name, value):
     if value is None or type(value) in (bool, int, float):
         return value
     if type(value) is str:  # shown in consoles, workbooks and pictures
-        return ''.join(letter if letter.isprintable() else '?' for letter in value[:LONGEST_TEXT])
+        return printable(value[:LONGEST_TEXT])
     raise InputError('{} is of type {}, neither text nor a number'.format(name, type(value).__name__))
 
 
@@ -362,6 +363,11 @@ def load_preset(output_dir, timestamp=None):
             return preset
     raise InputError('there is no run {}; known: {}'.format(
         timestamp, ', '.join(str(preset.timestamp) for preset in presets)))
+
+
+def printable(text):
+    """A foreign text for consoles, workbooks and pictures: control characters and broken letters become '?'."""
+    return ''.join(letter if letter.isprintable() else '?' for letter in text)
 
 
 def _as_text(value):
@@ -462,9 +468,8 @@ def over_seeds(presets):
     for runs in recipes.values():
         if len(runs) > 1:
             accuracies = [preset.test_accuracy for preset in runs.values()]
-            mean = sum(accuracies) / len(accuracies)
-            deviation = math.sqrt(sum((a - mean) ** 2 for a in accuracies) / (len(accuracies) - 1))
-            yield Seeds(next(iter(runs.values())), sorted(runs), mean, deviation, min(accuracies), max(accuracies))
+            yield Seeds(next(iter(runs.values())), sorted(runs), statistics.mean(accuracies),
+                        statistics.stdev(accuracies), min(accuracies), max(accuracies))
 
 
 # ------------------------------------------------------------------------------ report: what lies in runs/
@@ -500,10 +505,22 @@ def load_predictions(presets, output_dir):
     return judged
 
 
+def confusion_matrix(labels, predictions, num_classes):
+    """int64 [num_classes, num_classes], a true class a row, of int64 [N] twice."""
+    import numpy as np
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(confusion, (labels, predictions), 1)
+    return confusion
+
+
+def keep_tensorboard_from_tensorflow():
+    """TensorBoard would import TensorFlow, if it is installed, and let it talk, merely to open files."""
+    sys.modules.setdefault('tensorboard.compat.notf', types.ModuleType('notf'))
+
+
 def read_events(run_dir, name):
     """TensorBoard's reader of summaries/<name>, loaded, or None where there are none that can be read."""
-    # TensorBoard would import TensorFlow, if it is installed, merely to open files: this asks it not to.
-    sys.modules.setdefault('tensorboard.compat.notf', types.ModuleType('notf'))
+    keep_tensorboard_from_tensorflow()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     folder = os.path.join(run_dir, 'summaries', name)
     if not os.path.isdir(folder):
@@ -602,9 +619,8 @@ def _fill_runs(sheet, presets, judged):
     for number, preset in enumerate(presets, 1):
         best = 'best' if number == 1 and preset.finished else ''
         rows.append([number] + [getattr(preset, name) for name in COLUMNS]
-                    + list(test_interval(preset, judged) or (None, None)) + [best or remark(preset)])
-        if best and remark(preset):
-            rows[-1][-1] += ', ' + remark(preset)
+                    + list(test_interval(preset, judged) or (None, None))
+                    + [', '.join(filter(None, (best, remark(preset))))])
     _fill(sheet, [groups, header] + rows, headers=2)
     starts = [k for k, group in enumerate(groups, 1) if group] + [len(header) + 1]
     for start, end in zip(starts, starts[1:]):
@@ -879,9 +895,8 @@ def confusion_figure(preset, labels, predictions):
     """True classes in rows, predicted ones in columns, counts of test images. Takes int64 [N] twice."""
     import numpy as np
     from data_helpers import CLASSES
-    confusion = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
-    known = predictions < len(CLASSES)
-    np.add.at(confusion, (labels[known], predictions[known]), 1)
+    confusion = confusion_matrix(labels, predictions, preset.num_classes)[:len(CLASSES), :len(CLASSES)]
+    beyond = len(labels) - int(confusion.sum())
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     figure = new_figure(7.4, 6.6)
     axes = figure.add_subplot(111)
@@ -893,7 +908,7 @@ def confusion_figure(preset, labels, predictions):
     axes.set_yticks(range(len(CLASSES)))
     axes.set_xticklabels(CLASSES, rotation=45, ha='right')
     axes.set_yticklabels(CLASSES)
-    axes.set_xlabel('predicted class' + '; {:,} beyond the ten'.format((~known).sum()) * (not known.all()))
+    axes.set_xlabel('predicted class' + '; {:,} beyond the ten'.format(beyond) * (beyond > 0))
     axes.set_ylabel('true class')
     axes.set_title('{}: {:.2%} of {:,} test images right'.format(
         preset.title, preset.test_accuracy, len(labels)), fontsize=10)
@@ -923,6 +938,7 @@ def read_network(preset, output_dir):
 
 def _stages(graph):
     """read_network's Stages of a GraphDef. Raises KeyError or IndexError where it is not of a ResNet of ours."""
+    import numpy as np
     nodes = {node.name: node for node in graph.node}
 
     def kernel_of(node):
@@ -944,7 +960,7 @@ def _stages(graph):
         operations, parameters, shapes = scopes.setdefault(scope, ([], [], []))
         leaf = inside.rpartition('/')[2]
         if node.op == 'VariableV2' and leaf in ('DW', 'beta', 'gamma', 'biases'):
-            parameters.append(_product(dim.size for dim in node.attr['shape'].shape.dim))
+            parameters.append(int(np.prod([dim.size for dim in node.attr['shape'].shape.dim])))
         elif node.op == 'Conv2D':
             operations.append('conv {}x{}\n{} to {}'.format(*kernel_of(node)) + (
                 '\nstride 2' if node.attr['strides'].list.i[1] == 2 else ''))
@@ -967,13 +983,6 @@ def _stages(graph):
         stages.append(Stage(title, len(found) if title.startswith('group') else 0, operations, found[-1][2][-1],
                             sum(sum(parameters) for _, parameters, _ in found)))
     return stages
-
-
-def _product(sizes):
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 def network_figure(preset, stages):

@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 import data_helpers
-from presets_and_results import (ArgumentParser, InputError, ProgressLine, check_output_dir, exit_on_input_error,
-                                 load_preset, load_presets, new_figure, read_preset, save_predictions, write_picture)
+from presets_and_results import (ArgumentParser, InputError, ProgressLine, check_output_dir, confusion_matrix,
+                                 exit_on_input_error, load_preset, load_presets, new_figure, printable, read_preset,
+                                 save_predictions, write_picture)
 from resnet_train import checkpoint_path, checkpoint_steps, evaluate, make_session
 
 NEWEST = 'the newest'
@@ -74,8 +75,7 @@ def test(preset, checkpoint, images, labels, output_dir):
     print('Run {0.timestamp}: preset {0.preset}, {0.model}, {1} on {2:,} test images'.format(
         preset, os.path.basename(checkpoint), len(labels)), flush=True)
     _, predictions = restored(preset, checkpoint, lambda net, session: evaluate(net, session, images, labels))
-    confusion = np.zeros((preset.num_classes, preset.num_classes), np.int64)
-    np.add.at(confusion, (labels, predictions), 1)
+    confusion = confusion_matrix(labels, predictions, preset.num_classes)
     accuracy = float((predictions == labels).mean())
     _print_confusion(confusion)
     print('test accuracy {:.4f}'.format(accuracy))
@@ -150,8 +150,7 @@ def classify(preset, checkpoint, places, output_dir):
 
 def _printable(path):
     """A path for the console and for pictures: composed letters, no control characters, no broken ones."""
-    text = unicodedata.normalize('NFC', os.fsencode(path).decode('utf-8', 'replace'))
-    return ''.join(letter if letter.isprintable() else '?' for letter in text)
+    return printable(unicodedata.normalize('NFC', os.fsencode(path).decode('utf-8', 'replace')))
 
 
 def _columns(text):
