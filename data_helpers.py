@@ -30,6 +30,7 @@ from presets_and_results import InputError, ProgressLine, read_pickle, write_ato
 
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 SIDE = 32  # pixels
+LOW_SIDE = 24  # pixels, of the crops in a training's first epochs at low resolution
 PADDING = 4  # pixels on each side, before the random crop
 RECORD = 1 + 3 * SIDE * SIDE  # bytes of an image: label, then red, green and blue planes
 
@@ -374,21 +375,32 @@ def steps_per_epoch(n, batch_size):
     return -(-n // batch_size)
 
 
-def training_batches(images, labels, batch_size, seed, augmentation, first_step=0):
+def training_batches(images, labels, preset, first_step=0):
     """Endless batches from `first_step` (counted from 0) on; batch k depends on the arguments and k alone.
 
-    images uint8 [N, 32, 32, 3], labels int64 [N]. Yields float32 [B, 32, 32, 3] in [-1, 1], and int64 [B].
+    images uint8 [N, 32, 32, 3], labels int64 [N], `preset` says how they are batched and augmented.
+    Yields float32 [B, S, S, 3] in [-1, 1], S 32 or at low resolution 24, and float32 [B, num_classes], each
+    row of which sums to 1.
     """
     n = len(labels)
     planned = None
     for step in itertools.count(first_step):
-        epoch, k = divmod(step, steps_per_epoch(n, batch_size))
+        epoch, k = divmod(step, steps_per_epoch(n, preset.batch_size))
         if epoch != planned:
-            order, flips, offsets = epoch_plan(n, seed, epoch)
+            order, flips, offsets = epoch_plan(n, preset.seed, epoch)
             planned = epoch
-        now = slice(k * batch_size, (k + 1) * batch_size)
-        batch = images[order[now]]
-        yield (augment(batch, flips[now], offsets[now]) if augmentation else scale(batch)), labels[order[now]]
+            if not preset.data_augmentation:
+                flips[:], offsets[:] = False, PADDING
+        now = slice(k * preset.batch_size, (k + 1) * preset.batch_size)
+        low = step < preset.low_resolution_epochs * steps_per_epoch(n, preset.batch_size)
+        x = augment(images[order[now]], flips[now], offsets[now], LOW_SIDE if low else SIDE)
+        y = one_hot(labels[order[now]], preset.num_classes)
+        random = np.random.RandomState([preset.seed, epoch, k])
+        if preset.random_erasing:
+            erase(x, preset.random_erasing, random)
+        if preset.mixup:
+            x, y = mixup(x, y, preset.mixup, random)
+        yield x, y
 
 
 def in_background(batches):
@@ -406,18 +418,46 @@ def scale(images):
     return images / np.float32(127.5) - np.float32(1)
 
 
-def augment(images, flips, offsets):
-    """Scales, flips left-right where `flips`, pads by 4 with 0 (the grey between -1 and 1) and crops.
+def augment(images, flips, offsets, side=SIDE):
+    """Scales, flips left-right where `flips`, and crops at `offsets` to side x side.
 
-    uint8 [N, 32, 32, 3], bool [N], int [N, 2] to float32 [N, 32, 32, 3] in [-1, 1].
+    To be cropped to 32x32 the images are padded by 4 with 0 (the grey between -1 and 1), to be cropped to
+    24x24 they are not. uint8 [N, 32, 32, 3], bool [N], int [N, 2] to float32 [N, side, side, 3] in [-1, 1].
     """
-    n = len(images)
-    padded = np.zeros((n, SIDE + 2 * PADDING, SIDE + 2 * PADDING, 3), np.float32)
-    padded[:, PADDING:-PADDING, PADDING:-PADDING] = scale(images)
-    rows = offsets[:, :1] + np.arange(SIDE)
-    columns = offsets[:, 1:] + np.arange(SIDE)
-    columns = np.where(flips[:, None], padded.shape[2] - 1 - columns, columns)  # reading backwards flips
+    n, room = len(images), side + 2 * PADDING
+    inside = slice((room - SIDE) // 2, (room + SIDE) // 2)
+    padded = np.zeros((n, room, room, 3), np.float32)
+    padded[:, inside, inside] = scale(images)
+    rows = offsets[:, :1] + np.arange(side)
+    columns = offsets[:, 1:] + np.arange(side)
+    columns = np.where(flips[:, None], room - 1 - columns, columns)  # reading backwards flips
     return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def erase(images, probability, random):
+    """Random erasing (Zhong et al. 2017, arXiv:1708.04896), in place, of float32 [N, S, S, 3].
+
+    With `probability` a rectangle of 2 to 40 % of the image, its sides in a ratio of 0.3 to 3.3 and cut
+    to the image's own, becomes 0, the grey in the middle (the paper fills it with noise).
+    """
+    n, whole = images.shape[:2]
+    chosen = random.uniform(size=n) < probability
+    area, ratio = random.uniform(0.02, 0.4, n) * whole ** 2, random.uniform(0.3, 3.3, n)
+    inside = []
+    for side in (np.sqrt(area * ratio), np.sqrt(area / ratio)):
+        side = np.clip(side.round(), 1, whole)[:, None]
+        first = np.floor(random.uniform(size=(n, 1)) * (whole - side + 1))
+        inside.append((np.arange(whole) >= first) & (np.arange(whole) < first + side))
+    images[chosen[:, None, None] & inside[0][:, :, None] & inside[1][:, None, :]] = 0
+
+
+def mixup(images, labels, alpha, random):
+    """Mixup (Zhang et al. 2017, arXiv:1710.09412): each image with another of the batch, and their labels alike.
+
+    float32 [N, S, S, 3] and [N, classes] to the same; the share of the first is from Beta(alpha, alpha).
+    """
+    share, other = np.float32(random.beta(alpha, alpha)), random.permutation(len(images))
+    return [share * part + (1 - share) * part[other] for part in (images, labels)]
 
 
 def one_hot(labels, num_classes):

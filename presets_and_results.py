@@ -53,12 +53,12 @@ class Preset:
     """
     preset = None                         # number in PRESETS
     model = 'ResNet8'                     # ResNet-(6n + 2), n = num_residual_units
-    optimizer = 'SGD (Momentum)'          # momentum 0.9
+    optimizer = 'SGD (Momentum)'          # see momentum and nesterov
     activation_function = 'ReLU'          # leaky, see relu_leakiness
     weight_initialization = 'He_normal'
     normalization = 'Batch Norm'
-    lr = 0.1                              # learning rate of the first step
-    lr_decay = 1.0                        # factor on the learning rate every 24,000 steps
+    lr = 0.1                              # learning rate at its highest
+    lr_decay = 1.0                        # factor on the learning rate, by the step schedule, every 24,000 steps
     l2_reg_lambda = 0.001                 # weight of the L2 loss over the kernels
     relu_leakiness = 0.1                  # slope for negative inputs
     num_residual_units = 1                # per group, three groups
@@ -86,6 +86,18 @@ class Preset:
     device = None                         # what it was trained on
     tensorflow_version = None
     python_version = None
+    # The recipe beyond the 2020 study's:
+    schedule = 'step'                     # of the learning rate after the warm-up: 'step', 'one-cycle' or 'cosine'
+    lr_milestones = None                  # steps at which lr_decay multiplies, as '32000,48000'; None: every 24,000
+    warmup_epochs = 0.0                   # epochs over which the rate rises linearly to lr
+    momentum = 0.9                        # of SGD
+    nesterov = False                      # SGD looks ahead (Nesterov momentum)
+    label_smoothing = 0.0                 # share of the label that is spread over all classes
+    mixup = 0.0                           # alpha of Beta(alpha, alpha), from which images and labels are mixed
+    random_erasing = 0.0                  # probability that a rectangle of a training image is erased
+    low_resolution_epochs = 0.0           # epochs, from the first, that are trained on crops of 24x24
+    mixed_precision = False               # training computes in 16 bits
+    xla = False                           # XLA compiles the graph
 
     def __init__(self, **values):
         """Defaults, then `values`. Raises InputError on an unknown name or a bad value."""
@@ -128,14 +140,18 @@ class Preset:
         write_atomically(self.pickle_path(output_dir), pickle.dumps(self, protocol=4))  # 4: Python 3.7 reads it
 
     def log(self, output_dir, name):
-        """Appends one tab-separated line to INFOS/<name>; a new file begins with the header."""
+        """Appends one tab-separated line to INFOS/<name>, whose header names all columns, also those it lacked before."""
         path = os.path.join(output_dir, 'INFOS', name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        line = '\t'.join(_as_text(getattr(self, column)) for column in COLUMNS) + '\n'
-        with open(path, 'a', encoding='utf-8') as file:
-            if file.tell() == 0:
-                line = '\t'.join(COLUMNS) + '\n' + line
-            file.write(line)
+        header, line = ('\t'.join(texts) + '\n' for texts in (
+            COLUMNS, [_as_text(getattr(self, column)) for column in COLUMNS]))
+        with open(path, 'a+', encoding='utf-8') as file:
+            file.seek(0)
+            if file.readline() == header:
+                file.write(line)
+                return
+            lines = file.read()
+        write_atomically(path, (header + lines + line).encode())
 
 
 COLUMNS = tuple(name for name, value in vars(Preset).items()
@@ -164,9 +180,20 @@ class Field(collections.namedtuple('Field', 'type low high help')):
         return number
 
 
+class Text(collections.namedtuple('Text', 'pattern expected help')):
+    """Regular expression, the same in words, and meaning of a text among the attributes of Preset."""
+    type = str
+
+    def check(self, name, value):
+        """Returns `value`, or raises InputError."""
+        if not isinstance(value, str) or not re.match('(' + self.pattern + r')\Z', value):
+            raise InputError('{} must be {}, not {!r}'.format(name, self.expected, value))
+        return value
+
+
 HYPERPARAMETERS = {  # each has a flag of its name
-    'lr': Field(float, 1e-9, 100, 'learning rate of the first step'),
-    'lr_decay': Field(float, 1e-3, 1, 'factor on the learning rate every 24,000 steps'),
+    'lr': Field(float, 1e-9, 100, 'learning rate at its highest'),
+    'lr_decay': Field(float, 1e-3, 1, 'factor on the learning rate, by the step schedule, every 24,000 steps'),
     'l2_reg_lambda': Field(float, 0, 1, 'weight of the L2 loss over the kernels'),
     'relu_leakiness': Field(float, 0, 1, 'slope of the activation for negative inputs'),
     'num_residual_units': Field(int, 1, 200, 'n units a group: the network has 6n + 2 layers'),
@@ -181,9 +208,22 @@ HYPERPARAMETERS = {  # each has a flag of its name
     'log_device_placement': Field(bool, None, None, 'list where each op runs'),
     'seed': Field(int, 0, 2**32 - 1, 'seed of the split, the weights, the order, the augmentation'),
     'max_steps': Field(int, 1, 10**9, 'stop after so many steps'),
+    'schedule': Text('step|one-cycle|cosine', 'step, one-cycle or cosine',
+                     'of the learning rate: step, or after the warm-up to 0, linearly (one-cycle) or as a cosine'),
+    'lr_milestones': Text(r'[0-9]{1,9}(,[0-9]{1,9}){0,9}', 'steps such as 32000,48000',
+                          'steps at which lr_decay multiplies, in place of every 24,000'),
+    'warmup_epochs': Field(float, 0, 100000, 'epochs over which the learning rate rises linearly to lr'),
+    'momentum': Field(float, 0, 0.9999, 'momentum of SGD'),
+    'nesterov': Field(bool, None, None, 'Nesterov momentum'),
+    'label_smoothing': Field(float, 0, 0.9, 'share of each label that is spread over all classes'),
+    'mixup': Field(float, 0, 100, 'alpha of the Beta distribution of mixup; 0: none'),
+    'random_erasing': Field(float, 0, 1, 'probability that a rectangle of a training image is erased'),
+    'low_resolution_epochs': Field(float, 0, 100000, 'epochs, from the first, that are trained on crops of 24x24'),
+    'mixed_precision': Field(bool, None, None, 'train in 16 bits: faster where the hardware can'),
+    'xla': Field(bool, None, None, 'let XLA compile the graph, on a GPU'),
 }
 RECIPE = tuple(name for name in HYPERPARAMETERS if name not in (  # what a result depends on, chance apart
-    'seed', 'checkpoint_every', 'num_checkpoints', 'allow_soft_placement', 'log_device_placement'))
+    'seed', 'checkpoint_every', 'num_checkpoints', 'allow_soft_placement', 'log_device_placement', 'xla'))
 FIELDS = dict(
     HYPERPARAMETERS,
     preset=Field(int, 0, 10**9, 'number in PRESETS'),
@@ -197,6 +237,12 @@ FIELDS = dict(
     images_per_second=Field(float, 0, 10**9, 'training steps alone'),
 )
 
+MODERN = dict(num_residual_units=3, lr=0.4, schedule='one-cycle', nesterov=True, l2_reg_lambda=0.0005, relu_leakiness=0.0,
+              evaluate_every=704, checkpoint_every=704)
+PAPER = dict(lr_decay=0.1, lr_milestones='32000,48000', num_epochs=182, max_steps=64000, l2_reg_lambda=0.0001,
+             relu_leakiness=0.0, evaluate_every=1000, checkpoint_every=1000)
+BEST = dict(schedule='cosine', warmup_epochs=5, nesterov=True, l2_reg_lambda=0.0005, relu_leakiness=0.0,
+            evaluate_every=704, checkpoint_every=704)
 PRESETS = {
     0: dict(num_residual_units=1, l2_reg_lambda=0.0003, batch_size=64, num_epochs=6, evaluate_every=352,
             checkpoint_every=352, data_augmentation=False),  # a first look: too short for augmentation to pay
@@ -205,15 +251,40 @@ PRESETS = {
     3: dict(num_residual_units=3, lr_decay=0.96),
     4: dict(num_residual_units=9, lr_decay=0.96),
     5: dict(num_residual_units=9, lr_decay=0.90),
+    6: dict(MODERN, num_epochs=10, warmup_epochs=2.5, low_resolution_epochs=7.5),
+    7: dict(MODERN, num_epochs=30, warmup_epochs=5, low_resolution_epochs=15),
+    8: dict(PAPER, num_residual_units=3),
+    9: dict(PAPER, num_residual_units=5),
+    10: dict(PAPER, num_residual_units=9),
+    11: dict(PAPER, num_residual_units=18, warmup_epochs=1),
+    12: dict(BEST, num_residual_units=3, random_erasing=0.5),
+    13: dict(BEST, num_residual_units=9, mixup=1.0),
+}
+NAMES = {  # of presets, and what they are for
+    0: ('first', 'a first look: minutes on a CPU'),
+    1: ('study1', 'the 2020 study: constant learning rate'),
+    2: ('study2', 'the 2020 study: learning rate decays'),
+    3: ('study3', 'the 2020 study: fewer layers'),
+    4: ('study4', 'the 2020 study: more layers; its best'),
+    5: ('study5', 'the 2020 study: more layers, faster decay'),
+    6: ('fast', 'better than the 2020 study\'s best, in minutes'),
+    7: ('standard', 'as good as the ResNet paper\'s ResNet-20, in 30 epochs'),
+    8: ('paper20', 'the recipe of He et al. 2015: 64,000 steps'),
+    9: ('paper32', 'the same, deeper'),
+    10: ('paper56', 'the same, deeper'),
+    11: ('paper110', 'the same, deeper, after a warm-up'),
+    12: ('best20', '200 epochs, cosine, random erasing'),
+    13: ('best56', '200 epochs, cosine, mixup'),
 }
 
 
 def make_preset(number, **overrides):
-    """Preset `number` of PRESETS with `overrides`. Raises InputError, naming what there is."""
-    if number not in PRESETS:
-        raise InputError('there is no preset {}; choose one of {}'.format(
-            number, ', '.join(map(str, PRESETS))))
-    return Preset(preset=number, **dict(PRESETS[number], **overrides))
+    """Preset `number` of PRESETS, or by its name, with `overrides`. Raises InputError, naming what there is."""
+    for known in PRESETS:
+        if str(number) in (str(known), NAMES[known][0]):
+            return Preset(preset=known, **dict(PRESETS[known], **overrides))
+    raise InputError('there is no preset {}; choose one of {}'.format(
+        number, ', '.join('{} ({})'.format(known, NAMES[known][0]) for known in PRESETS)))
 
 
 def start_run(preset, output_dir):
@@ -402,8 +473,9 @@ def best_first(presets):
 
 def remark(preset):
     """What to know about a run before its numbers are compared; '' where it is trained to its end and tested."""
+    own = PRESETS.get(preset.preset, {}).get('max_steps')
     remarks = {'training': ['in training, or killed'], 'interrupted': ['interrupted'], 'diverged': ['diverged'],
-               'complete': ['shortened'] * (preset.steps is not None and preset.steps == preset.max_steps)}
+               'complete': ['shortened'] * (preset.steps is not None and preset.steps == preset.max_steps != own)}
     words = remarks.get(preset.status, []) + ['not tested'] * (not preset.finished)
     return ('' if preset.finished else 'unfinished: ') + ', '.join(words)
 
@@ -592,7 +664,7 @@ def print_uncertainty(presets, judged, comparisons):
 
 COLUMN_GROUPS = {  # the first column of each
     'preset': 'setCustomParameters', 'lr': 'setModelParameters', 'batch_size': 'setTrainingParameters',
-    'allow_soft_placement': 'setMiscParameters', 'timestamp': 'results'}
+    'allow_soft_placement': 'setMiscParameters', 'timestamp': 'results', 'schedule': 'setRecipeParameters'}
 
 
 def write_workbook(presets, judged, comparisons, output_dir):
@@ -833,11 +905,8 @@ def runs_figure(presets, curves):
     return figure
 
 
-def comparison_figure(attribute, label, other, presets, curves, judged):
-    """Curves in the stroke of a hyperparameter's value, and test accuracy over it beside 2020's.
-
-    What else tells the runs apart, the attribute `other`, stands beside the points.
-    """
+def comparison_figure(attribute, label, presets, curves, judged):
+    """Curves in the stroke of a hyperparameter's value, and test accuracy over it beside 2020's."""
     figure = new_figure(9, 4.2)
     left, right = figure.subplots(1, 2)
     values = sorted({getattr(preset, attribute) for preset in presets})
@@ -876,7 +945,7 @@ def comparison_figure(attribute, label, other, presets, curves, judged):
                            mfc=fill, capsize=2, markersize=5, linewidth=1,
                            label=source if preset is runs[0] else None)
             if crowd[value] <= 6:
-                right.annotate('{:g}'.format(getattr(preset, other)), (x, 100 * low), (0, -4), fontsize=6.5,
+                right.annotate(str(preset.preset), (x, 100 * low), (0, -4), fontsize=6.5,
                                textcoords='offset points', ha='center', va='top', rotation=90)
             taken[value] += 1
     right.set_xticks(range(len(places)))
@@ -942,9 +1011,9 @@ def _stages(graph):
     nodes = {node.name: node for node in graph.node}
 
     def kernel_of(node):
-        """The shape of the variable that a product takes, perhaps by way of identities."""
+        """The shape of the variable that a product takes, perhaps by way of identities and casts."""
         source = nodes[node.input[1]]
-        while source.op == 'Identity':
+        while source.op in ('Identity', 'Cast'):
             source = nodes[source.input[0]]
         return [dim.size for dim in source.attr['shape'].shape.dim]
 
@@ -966,8 +1035,8 @@ def _stages(graph):
                 '\nstride 2' if node.attr['strides'].list.i[1] == 2 else ''))
         elif node.op.startswith('FusedBatchNorm'):
             operations.append('batch\nnorm')
-        elif node.op == 'LeakyRelu':
-            operations.append('leaky\nReLU')
+        elif node.op in ('LeakyRelu', 'Relu'):
+            operations.append('leaky\nReLU' if node.op == 'LeakyRelu' else 'ReLU')
         elif node.op == 'MatMul':
             operations += ['mean over\nh, w', 'dense\n{} to {}'.format(*kernel_of(node))]
         elif node.op == 'AvgPool':
@@ -1062,11 +1131,11 @@ def report(output_dir):
     for name, figure, lack in (
             ('123result.png', curves and runs_figure(presets, curves), 'has validation accuracies in its summaries'),
             ('layer_increase.png', comparison_figure(
-                'num_residual_units', 'residual units a group (beside the points: decay)', 'lr_decay', presets, curves,
-                judged), None),
+                'num_residual_units', 'residual units a group (beside the points: preset)', presets, curves, judged), None),
             ('lr_decay.png', comparison_figure(
-                'lr_decay', 'decay every 24,000 steps (beside the points: depth)', 'depth', presets, curves, judged),
-             None),
+                'lr_decay', 'decay every 24,000 steps (beside the points: preset)',
+                [preset for preset in presets if preset.schedule == 'step' and not preset.lr_milestones], curves,
+                judged), None),
             ('confusion_matrix.png', best and confusion_figure(best, *judged[best.timestamp]),
              'has saved test predictions'),
             ('model_graph.png', network and network_figure(*network), 'has the graph in its summaries')):

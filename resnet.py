@@ -2,7 +2,7 @@
 
 He et al. 2015 (arXiv:1512.03385, section 4.2: depth 6n + 2, 16/32/64 filters, identity shortcuts)
 with the pre-activation units of He et al. 2016 (arXiv:1603.05027). Departures, all of the 2020
-original: leaky ReLU; the stride of a group's first unit sits on its second convolution;
+original: leaky ReLU, plain at slope 0; the stride of a group's first unit sits on its second convolution;
 shortcuts are average-pooled; the L2 loss covers the kernels alone.
 
     with tf.Graph().as_default():
@@ -11,6 +11,7 @@ shortcuts are average-pooled; the L2 loss covers the kernels alone.
 import contextlib
 import math
 import os
+import re
 import sys
 import warnings
 import zlib
@@ -46,7 +47,6 @@ with _silence():
         _session.run(tf.constant(0))  # the first run, without touching a GPU
 
 
-
 def _kernels():
     """Whose kernels do the convolutions here: 'GPU', 'oneDNN', 'MKL' (its forerunner), or 'Eigen', TensorFlow's own."""
     if tf.config.experimental.list_physical_devices('GPU'):
@@ -62,7 +62,24 @@ FILTERS = (16, 16, 32, 64)  # first convolution, then the three groups
 KERNEL = 3                  # height and width of every convolution
 BN_EPSILON = 0.001
 BN_MOMENTUM = 0.9
-SGD_MOMENTUM = 0.9
+LOSS_SCALE = 128            # keeps small gradients out of float16's last bits under mixed precision
+
+
+def half_precision():
+    """The type of 16 bits that this machine computes in faster than in 32, or None: for `mixed_precision`."""
+    if KERNELS == 'GPU':
+        from tensorflow.python.client import device_lib
+        config = tf.ConfigProto()
+        config.gpu_options.allow_growth = True
+        capabilities = re.findall(r'compute capability: (\d+)', ' '.join(
+            device.physical_device_desc for device in device_lib.list_local_devices(config)))
+        return tf.float16 if capabilities and min(map(int, capabilities)) >= 7 else None  # 7: tensor cores
+    try:
+        with open('/proc/cpuinfo') as file:
+            fast = KERNELS == 'oneDNN' and re.search(r' (avx512_bf16|amx_bf16)\b', file.read())
+    except OSError:
+        fast = False
+    return tf.bfloat16 if fast else None
 
 
 class ResNet:
@@ -80,10 +97,11 @@ class ResNet:
     neighbours in the batch. With `training`, the same quantities under the batch's own statistics,
     and what changes the variables:
 
-    training_loss, training_accuracy  float32 []
+    training_X       X or, where the preset trains at low resolution first, float32 [N, S, S, 3], placeholder
+    training_loss, training_accuracy  float32 []; the loss by smoothed labels
     learning_rate    float32 [], placeholder
     global_step      int64 [], variable: training steps done
-    train_step       one step of SGD with momentum, which also moves the statistics
+    train_step       one step of SGD with (Nesterov) momentum, which also moves the statistics
     refresh_statistics(session, batches)
     """
 
@@ -103,23 +121,32 @@ class ResNet:
     def _build_training(self):
         self.global_step = tf.train.get_or_create_global_step()
         with tf.name_scope('training'):
+            self.training_X = self.X
+            if self.preset.low_resolution_epochs:
+                self.training_X = tf.placeholder(tf.float32, [None, None, None, 3], name='X')
             self.learning_rate = tf.placeholder(tf.float32, [], name='learning_rate')
             self._statistics_momentum = tf.placeholder_with_default(BN_MOMENTUM, [], name='statistics_momentum')
-            logits = self._network(self.X, training=True)
-            self.training_loss, self.training_accuracy = self._loss_and_accuracy(logits)
+            logits = self._network(self.training_X, training=True)
+            self.training_loss, self.training_accuracy = self._loss_and_accuracy(logits, self.preset.label_smoothing)
             self._move_statistics = tf.group(*self._moves)
+            optimizer = tf.train.MomentumOptimizer(self.learning_rate, self.preset.momentum,
+                                                   use_nesterov=self.preset.nesterov)
+            if self.preset.mixed_precision:
+                gradients = [(gradient / LOSS_SCALE, variable) for gradient, variable in
+                             optimizer.compute_gradients(self.training_loss * LOSS_SCALE)]
+            else:
+                gradients = optimizer.compute_gradients(self.training_loss)
             with tf.control_dependencies(self._moves):
-                self.train_step = tf.train.MomentumOptimizer(self.learning_rate, SGD_MOMENTUM).minimize(
-                    self.training_loss, self.global_step)
+                self.train_step = optimizer.apply_gradients(gradients, self.global_step)
 
     def refresh_statistics(self, session, batches):
-        """Sets the moving statistics to their plain average over `batches` of X, at the weights as they are.
+        """Sets the moving statistics to their plain average over `batches` of images, at the weights as they are.
 
         Moving averages lag behind weights that still change fast: on the 2020 study's preset 2 they
         cost 4.6 points of test accuracy. Do this before the network is judged or saved.
         """
         for k, images in enumerate(batches):
-            session.run(self._move_statistics, {self.X: images, self._statistics_momentum: k / (k + 1)})
+            session.run(self._move_statistics, {self.training_X: images, self._statistics_momentum: k / (k + 1)})
 
     def count_parameters(self):
         """Trainable numbers: kernels, gammas, betas and the last layer's biases."""
@@ -129,6 +156,8 @@ class ResNet:
 
     def _network(self, x, training):
         """X [N, 32, 32, 3] to logits [N, num_classes]."""
+        if training and self.preset.mixed_precision:
+            x = tf.cast(x, half_precision())
         with tf.variable_scope('init', reuse=training):
             x = _convolution(x, self._kernel('init_conv', x, FILTERS[0]))          # [N, 32, 32, 16]
         for group in (1, 2, 3):
@@ -138,7 +167,7 @@ class ResNet:
                     x = self._unit(x, FILTERS[group], stride, training, activate_before_split=group == 1 and i == 0)
         with tf.variable_scope('unit_last', reuse=training):
             x = self._activation(x, 'final_bn', training)
-        x = tf.reduce_mean(x, [1, 2])                                              # [N, 64]
+        x = tf.reduce_mean(tf.cast(x, tf.float32), [1, 2])                         # [N, 64]
         with tf.variable_scope('logit', reuse=training):
             return self._fully_connected(x, self.preset.num_classes)               # [N, num_classes]
 
@@ -161,7 +190,7 @@ class ResNet:
                 with tf.variable_scope('bn2'):
                     scale, shift = _scale_and_shift(*self._statistics(filters))
                 x = tf.nn.bias_add(_convolution(x, kernel * scale), shift)
-                x = tf.nn.leaky_relu(x, self.preset.relu_leakiness)
+                x = _leaky_relu(x, self.preset.relu_leakiness, training)
             x = _convolution(x, self._kernel('conv2', x, filters), stride)
         return x + _match(shortcut, filters, stride)
 
@@ -171,19 +200,18 @@ class ResNet:
         """Batch normalization, then leaky ReLU; shape unchanged."""
         with tf.variable_scope(name):
             beta, gamma, mean, variance = self._statistics(x.shape[-1].value)
-            if not training:
-                if KERNELS == 'oneDNN':  # fuses a convolution with what follows it, but not the normalization
-                    scale, shift = _scale_and_shift(beta, gamma, mean, variance)
-                    scale = tf.reshape(scale, [1, 1, -1, 1])
-                    x = tf.nn.depthwise_conv2d_native(x, scale, strides=[1, 1, 1, 1], padding='SAME')
-                    x = tf.nn.bias_add(x, shift)
-                else:
-                    x = tf.nn.fused_batch_norm(x, gamma, beta, mean, variance, BN_EPSILON, is_training=False)[0]
-                return tf.nn.leaky_relu(x, self.preset.relu_leakiness)
-            x, *batch = tf.nn.fused_batch_norm(x, gamma, beta, epsilon=BN_EPSILON, is_training=True)
-            for moving, now in zip((mean, variance), batch):
-                self._moves.append(tf.assign_sub(moving, (moving - now) * (1 - self._statistics_momentum)))
-        return _trained_leaky_relu(x, self.preset.relu_leakiness)
+            if not training and KERNELS == 'oneDNN':  # fuses a convolution with what follows it, but not this
+                scale, shift = _scale_and_shift(beta, gamma, mean, variance)
+                scale = tf.reshape(scale, [1, 1, -1, 1])
+                x = tf.nn.depthwise_conv2d_native(x, scale, strides=[1, 1, 1, 1], padding='SAME')
+                x = tf.nn.bias_add(x, shift)
+            elif not training:
+                x = tf.nn.fused_batch_norm(x, gamma, beta, mean, variance, BN_EPSILON, is_training=False)[0]
+            else:
+                x, *batch = tf.nn.fused_batch_norm(x, gamma, beta, epsilon=BN_EPSILON, is_training=True)
+                for moving, now in zip((mean, variance), batch):
+                    self._moves.append(tf.assign_sub(moving, (moving - now) * (1 - self._statistics_momentum)))
+        return _leaky_relu(x, self.preset.relu_leakiness, training)
 
     def _statistics(self, channels):
         """A batch normalization's beta, gamma, moving mean and moving variance: variables float32 [channels]."""
@@ -213,9 +241,10 @@ class ResNet:
 
     # -------------------------------------------------------------------------- judgement
 
-    def _loss_and_accuracy(self, logits):
+    def _loss_and_accuracy(self, logits, smoothing=0.0):
         with tf.name_scope('loss'):
-            cross_entropy = tf.nn.softmax_cross_entropy_with_logits_v2(labels=self.Y, logits=logits)
+            labels = self.Y * (1 - smoothing) + smoothing / self.preset.num_classes
+            cross_entropy = tf.nn.softmax_cross_entropy_with_logits_v2(labels=labels, logits=logits)
             kernels = [variable for variable in tf.trainable_variables() if variable.op.name.endswith('/DW')]
             l2 = tf.add_n([tf.nn.l2_loss(kernel) for kernel in kernels])
             loss = tf.add(tf.reduce_mean(cross_entropy), self.preset.l2_reg_lambda * l2, name='loss')
@@ -243,6 +272,7 @@ def _scale_and_shift(beta, gamma, mean, variance):
 def _convolution(x, kernel, stride=1):
     """3x3, SAME, no bias."""
     strides = [1, stride, stride, 1]
+    kernel = tf.cast(kernel, x.dtype)
 
     @tf.custom_gradient
     def convolution(x, kernel):
@@ -258,14 +288,18 @@ def _convolution(x, kernel, stride=1):
     return tf.nn.conv2d(x, kernel, strides=strides, padding='SAME')
 
 
-def _trained_leaky_relu(x, slope):
-    """Leaky ReLU whose gradient looks at its output, which has the input's sign: the input need not be kept."""
+def _leaky_relu(x, slope, training):
     @tf.custom_gradient
-    def leaky_relu(x):
+    def trained(x):
+        """Its gradient looks at the output, which has the input's sign: the input need not be kept."""
         y = tf.nn.leaky_relu(x, slope)
         return y, lambda dy: tf.raw_ops.LeakyReluGrad(gradients=dy, features=y, alpha=slope)
 
+    if not slope:
+        return tf.nn.relu(x)
+    if not training:
+        return tf.nn.leaky_relu(x, slope)
     if KERNELS == 'Eigen' and tf.__version__.startswith('1.'):
         with tf.xla.experimental.jit_scope():  # a fifth off a whole step there; with oneDNN, or later, it costs
-            return leaky_relu(x)
-    return leaky_relu(x)
+            return trained(x)
+    return trained(x)

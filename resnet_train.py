@@ -7,6 +7,7 @@ Ctrl-C once ends a training cleanly: validated, saved and recorded. Twice breaks
 """
 import contextlib
 import glob
+import math
 import os
 import platform
 import re
@@ -18,7 +19,7 @@ import time
 import numpy as np
 
 import data_helpers
-from presets_and_results import (HYPERPARAMETERS, PRESETS, RECIPE, ArgumentParser, InputError, ProgressLine,
+from presets_and_results import (HYPERPARAMETERS, NAMES, RECIPE, Field, ArgumentParser, InputError, ProgressLine,
                                  check_output_dir, exit_on_input_error, make_preset, start_run)
 # TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
 
@@ -27,21 +28,57 @@ SUMMARY_EVERY = 10        # training steps between points of the training curves
 EVALUATION_BATCH = 500    # images; more are hardly faster, and cost memory
 REFRESH_IMAGES = 4000     # training images that the statistics are averaged over before a network is judged
 REFRESH_BATCH = 500       # images
+OPTIONS = ('nesterov', 'label_smoothing', 'data_augmentation', 'random_erasing', 'mixup', 'low_resolution_epochs',
+           'mixed_precision', 'xla')  # of a recipe: named where they are on
+HOW_MANY = Field(int, 1, 1000, 'seeds')
 HPARAMS_METRICS = (('dev', 'best_accuracy'), ('dev', 'accuracy'), ('dev', 'loss'), ('train', 'loss'),
                    ('train', 'images_per_second'))
 
 
-def learning_rate(preset, step):
-    """The rate of training step `step`, counted from 0: lr * lr_decay ** floor(step / 24000)."""
-    return preset.lr * preset.lr_decay ** (step // DECAY_STEPS)
+def learning_rate(preset, step, steps_per_epoch):
+    """The rate of training step `step`, counted from 0; a pure function.
+
+    Over the warm-up it rises linearly to lr. Then, by the preset's schedule, it is
+    step        lr * lr_decay ** n, n counting the milestones passed, or floor(step / 24000)
+    one-cycle   falling linearly to 0 (a triangle with the warm-up; Smith 2017, arXiv:1708.07120)
+    cosine      falling to 0 as half a cosine (Loshchilov and Hutter 2016, arXiv:1608.03983)
+    """
+    warmup, end = preset.warmup_epochs * steps_per_epoch, preset.num_epochs * steps_per_epoch
+    if step < warmup:
+        return preset.lr * (step + 1) / (warmup + 1)
+    if preset.schedule == 'step':
+        milestones = [int(milestone) for milestone in (preset.lr_milestones or '').split(',') if milestone]
+        passed = sum(step >= milestone for milestone in milestones) if milestones else step // DECAY_STEPS
+        return preset.lr * preset.lr_decay ** passed
+    part = (step - warmup) / (end - warmup)
+    return preset.lr * (1 - part if preset.schedule == 'one-cycle' else (1 + math.cos(math.pi * part)) / 2)
+
+
+def in_words(preset):
+    """The recipe, for the console."""
+    warmup = ' after {:g} epochs of warm-up'.format(preset.warmup_epochs) if preset.warmup_epochs else ''
+    course = dict(step='x {:g} '.format(preset.lr_decay) + (
+        'at steps ' + preset.lr_milestones.replace(',', ', ') if preset.lr_milestones
+        else 'every {:,} steps'.format(DECAY_STEPS)), cosine='to 0 as a cosine')
+    course['one-cycle'] = 'linearly to 0'
+    words = ['learning rate {:g}{} {}'.format(preset.lr, warmup, course[preset.schedule]),
+             'L2 {:g}'.format(preset.l2_reg_lambda), 'batch {}'.format(preset.batch_size),
+             'momentum {:g}'.format(preset.momentum)]
+    for name in OPTIONS:
+        value = getattr(preset, name)
+        if value:
+            words.append(name.replace('_', ' ') + ('' if value is True else ' {:g}'.format(value)))
+    return ', '.join(words + ['seed {}'.format(preset.seed)])
 
 
 def make_session(preset):
     """The one place where a session is made, on the current default graph."""
-    from resnet import tf
+    from resnet import KERNELS, tf
     config = tf.ConfigProto(allow_soft_placement=preset.allow_soft_placement,
                             log_device_placement=preset.log_device_placement)
     config.gpu_options.allow_growth = True  # leaves the rest of the GPU's memory to others
+    if preset.xla and KERNELS == 'GPU':
+        config.graph_options.optimizer_options.global_jit_level = tf.OptimizerOptions.ON_1
     return tf.Session(config=config)
 
 
@@ -55,10 +92,15 @@ def train(preset, data_dir, output_dir):
     images, labels = data_helpers.load(data_dir, data_helpers.TRAIN_FILES)
     training, validation = [(images[part], labels[part]) for part in data_helpers.split(len(labels), preset.seed)]
     del images
-    start_run(preset, output_dir)
 
     print('Loading TensorFlow ...', flush=True)
-    from resnet import ResNet, tf
+    from resnet import KERNELS, ResNet, half_precision, tf
+    if preset.mixed_precision and not half_precision():
+        raise InputError('mixed_precision needs a GPU of compute capability 7 or more, or a processor with AVX512_BF16 '
+                         'or AMX under today\'s TensorFlow; here it would only cost accuracy: leave it out')
+    if preset.xla and KERNELS != 'GPU':
+        raise InputError('xla is for GPUs, and TensorFlow sees none here, where it would slow the training: leave it out')
+    start_run(preset, output_dir)
     with tf.Graph().as_default():
         net = ResNet(preset)
         with make_session(preset) as session, _stop_request() as stop:
@@ -110,33 +152,25 @@ class Run:
     def announce(self, data_dir, n_training, n_validation):
         """Says what runs, on what, and where it writes."""
         print('Preset {0.preset}: {0.model} (n = {0.num_residual_units}), {1:,} parameters\n'
-              '  recipe  learning rate {0.lr:g} x {0.lr_decay:g} every {2:,} steps, L2 {0.l2_reg_lambda:g}, '
-              'batch {0.batch_size}, augmentation {3}, seed {0.seed}\n'
-              '  length  {4:,} steps, {5:.4g} epochs\n'
-              '  data    {6:,} training and {7:,} validation images from {8}\n'
+              '  recipe  {2}\n'
+              '  length  {3:,} steps, {4:.4g} epochs\n'
+              '  data    {5:,} training and {6:,} validation images from {7}\n'
               '  device  {0.device}; TensorFlow {0.tensorflow_version}, Python {0.python_version}\n'
-              '  writes  {9} and {10}'.format(
-                  self.preset, self.net.count_parameters(), DECAY_STEPS,
-                  'on' if self.preset.data_augmentation else 'off',
-                  self.last_step, self.last_step / self.steps_per_epoch, n_training, n_validation, data_dir,
+              '  writes  {8} and {9}'.format(
+                  self.preset, self.net.count_parameters(), in_words(self.preset), self.last_step, self.last_step / self.steps_per_epoch, n_training, n_validation, data_dir,
                   self.run_dir, os.path.join(self.output_dir, 'INFOS')), flush=True)
 
     def batches(self, images, labels):
-        """The endless training batches, prepared in the background, of uint8 [N, 32, 32, 3] and int64 [N].
-
-        Yields float32 [B, 32, 32, 3] in [-1, 1], and one-hot float32 [B, num_classes].
-        """
-        return data_helpers.in_background(
-            (x, data_helpers.one_hot(y, self.preset.num_classes)) for x, y in data_helpers.training_batches(
-                images, labels, self.preset.batch_size, self.preset.seed, self.preset.data_augmentation))
+        """The training batches, see data_helpers.training_batches, prepared in the background."""
+        return data_helpers.in_background(data_helpers.training_batches(images, labels, self.preset))
 
     def train_step(self, step, x, y):
         """One step of SGD on a batch; a point of the curves and the progress line now and then."""
-        rate = learning_rate(self.preset, step - 1)
+        rate = learning_rate(self.preset, step - 1, self.steps_per_epoch)
         began = time.time()
         _, loss, accuracy = self.session.run(
             [self.net.train_step, self.net.training_loss, self.net.training_accuracy],
-            {self.net.X: x, self.net.Y: y, self.net.learning_rate: rate})
+            {self.net.training_X: x, self.net.Y: y, self.net.learning_rate: rate})
         if not np.isfinite(loss):
             self._end('diverged')
             raise InputError('run {} diverged: the loss of step {:,} is {} at learning rate {:g}; '
@@ -299,18 +333,29 @@ def _duration(seconds):
 
 @exit_on_input_error
 def main(arguments=None):
-    presets = '\n'.join('  {}  {:9} {}'.format(number, preset.model, '  '.join(
-        '{} {:g}'.format(name, getattr(preset, name)) for name in (
-            'lr', 'lr_decay', 'l2_reg_lambda', 'num_residual_units', 'batch_size', 'num_epochs')))
-        for number, preset in ((number, make_preset(number)) for number in PRESETS))
-    parser = ArgumentParser(description=__doc__, epilog='presets:\n' + presets)
-    parser.add_argument('--preset', type=int, default=0, metavar='N', help='what to train, see below (default: 0)')
+    presets = '\n'.join('  {:>2}  {:8}  {:9} {:>3} epochs  {}'.format(
+        number, name, make_preset(number).model, make_preset(number).num_epochs, purpose)
+                        for number, (name, purpose) in NAMES.items())
+    parser = ArgumentParser(description=__doc__, epilog='presets, by number or name:\n' + presets)
+    parser.add_argument('--preset', default=0, metavar='N', help='what to train, see below (default: 0)')
+    parser.add_argument('--seeds', nargs='+', metavar='SEED', help='a run for each of these seeds; a single number says '
+                        'how many: --seeds 3 is --seeds 0 1 2')
     group = parser.add_argument_group('hyperparameters, in place of the preset\'s')
     for name, field in HYPERPARAMETERS.items():
         group.add_argument('--' + name, metavar=field.type.__name__.upper(), help=field.help)
     flags = vars(parser.parse_args(arguments))
     overrides = {name: flags[name] for name in HYPERPARAMETERS if flags[name] is not None}
-    train(make_preset(flags['preset'], **overrides), flags['data_dir'], flags['output_dir'])
+    presets = [make_preset(flags['preset'], **overrides)]
+    if flags['seeds']:
+        if flags['seed'] is not None:
+            raise InputError('--seed and --seeds exclude each other')
+        seeds = flags['seeds']
+        if len(seeds) == 1:
+            seeds = range(HOW_MANY.check('--seeds', seeds[0]))
+        presets = [make_preset(flags['preset'], **dict(overrides, seed=seed)) for seed in seeds]
+    for preset in presets:
+        if train(preset, flags['data_dir'], flags['output_dir']).status != 'complete':
+            break  # Ctrl-C is meant for all of them
 
 
 if __name__ == '__main__':

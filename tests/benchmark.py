@@ -65,7 +65,7 @@ def ours(preset, images, labels):
             run.train_step(next(steps), *fixed)
 
     def prepare(n):
-        source = data_helpers.training_batches(images, labels, preset.batch_size, 1, preset.data_augmentation)
+        source = data_helpers.training_batches(images, labels, preset)
         for _ in range(-(-n // preset.batch_size)):
             next(source)
 
@@ -172,9 +172,9 @@ def torch(preset, images, labels):
     kernels = [parameter for parameter in net.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in net.parameters() if parameter.ndim == 1]
     optimizer = torch.optim.SGD([dict(params=kernels, weight_decay=preset.l2_reg_lambda), dict(params=others)],
-                                lr=preset.lr, momentum=0.9)
+                                lr=preset.lr, momentum=preset.momentum, nesterov=preset.nesterov)
     compiled = torch.compile(net, dynamic=False)
-    batches = data_helpers.training_batches(images, labels, preset.batch_size, 0, preset.data_augmentation)
+    batches = data_helpers.training_batches(images, labels, preset)
 
     def tensors(x):
         return torch.from_numpy(x).permute(0, 3, 1, 2)  # a view: channels last
@@ -185,8 +185,10 @@ def torch(preset, images, labels):
             x, y = next(batches)
             while len(y) < preset.batch_size:  # an epoch's last batch would be compiled anew
                 x, y = next(batches)
-            logits, y = compiled(tensors(x)), torch.from_numpy(y)
-            loss = functional.cross_entropy(logits, y)
+            y = torch.from_numpy(y.argmax(1))
+            with torch.autocast('cpu', torch.bfloat16, enabled=preset.mixed_precision):
+                logits = compiled(tensors(x))
+            loss = functional.cross_entropy(logits.float(), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -209,7 +211,8 @@ PROGRAMS = dict(ours=ours, study=study, torch=torch)
 
 def work(flags):
     """A process with one program: makes it ready, then measures on request until its input ends."""
-    preset = make_preset(flags.preset, batch_size=flags.batch_size)
+    preset = make_preset(flags.preset, batch_size=flags.batch_size,
+                         mixed_precision=flags.mixed_precision and flags.worker != 'study')
     random = np.random.RandomState(0)
     images = random.randint(0, 256, (IMAGES, 32, 32, 3), np.uint8)
     labels = random.randint(0, 10, IMAGES)
@@ -238,7 +241,8 @@ class Program:
         self.name, self.memory = name, None
         self.process = subprocess.Popen(
             [python, os.path.abspath(__file__), '--worker', name, '--began', repr(time.time()),
-             '--preset', str(flags.preset), '--batch_size', str(flags.batch_size)],
+             '--preset', str(flags.preset), '--batch_size', str(flags.batch_size)]
+            + ['--mixed_precision'] * flags.mixed_precision,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True)
         ready = json.loads(self.process.stdout.readline() or '{"error": "it failed to start"}')
         self.error, self.first_step = ready.get('error'), ready.get('first_step')
@@ -280,8 +284,9 @@ def median(values):
 @exit_on_input_error
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--preset', type=int, default=3)
+    parser.add_argument('--preset', default=3)
     parser.add_argument('--batch_size', type=int, default=128)
+    parser.add_argument('--mixed_precision', action='store_true', help='in 16 bits; PyTorch too, by its autocast')
     parser.add_argument('--rounds', type=int, default=5, help='turns of every program (default: 5)')
     parser.add_argument('--seconds', type=float, default=6, help='length of a turn, about (default: 6)')
     parser.add_argument('--study_python', default=sys.executable, help='Python of the 2020 way (default: this one)')

@@ -19,7 +19,7 @@ from PIL import Image
 
 import data_helpers
 import sample
-from presets_and_results import InputError
+from presets_and_results import InputError, make_preset
 
 ALL = data_helpers.TRAIN_FILES + data_helpers.TEST_FILES
 
@@ -409,27 +409,80 @@ def reference_augmentation(image, flip, row, column):
 def test_augmentation_against_the_reference(cifar10):
     images, _ = data_helpers.load(cifar10, data_helpers.TEST_FILES)
     _, flips, offsets = data_helpers.epoch_plan(100, seed=1, epoch=0)
+    small = data_helpers.augment(images, flips, offsets, 24)
+    assert small.dtype == np.float32 and small.shape == (100, 24, 24, 3)
+    for k in range(100):  # of the scaled and flipped image, inside it
+        scaled = (images[k] / 127.5 - 1)[:, ::-1 if flips[k] else 1]
+        row, column = offsets[k]
+        np.testing.assert_allclose(small[k], scaled[row:row + 24, column:column + 24], atol=1e-6)
     result = data_helpers.augment(images, flips, offsets)
     assert result.dtype == np.float32 and result.shape == (100, 32, 32, 3)
     for k in range(100):
         np.testing.assert_allclose(result[k], reference_augmentation(images[k], flips[k], *offsets[k]), atol=1e-6)
 
 
-def test_batches_show_every_image_once_an_epoch_and_can_start_anywhere(cifar10):
-    images, labels = data_helpers.load(cifar10, data_helpers.TRAIN_FILES)
-    numbered = np.arange(300)
-    arguments = (images, numbered, 128, 5, True)
-    stream = data_helpers.training_batches(*arguments)
+@pytest.mark.parametrize('options', [{}, dict(random_erasing=0.5, mixup=1.0)])
+def test_batches_show_every_image_once_an_epoch_and_can_start_anywhere(options, cifar10):
+    images, _ = data_helpers.load(cifar10, data_helpers.TRAIN_FILES)
+    preset = make_preset(3, batch_size=128, seed=5, num_classes=300, **options)
+    numbered = np.arange(300)  # each image a class of its own
+    stream = data_helpers.training_batches(images, numbered, preset)
     six = [next(stream) for _ in range(6)]
-    assert [len(part) for _, part in six] == [128, 128, 44] * 2
+    assert [x.shape + y.shape for x, y in six] == [(n, 32, 32, 3, n, 300) for n in (128, 128, 44) * 2]
     for epoch in (six[:3], six[3:]):
-        assert sorted(np.concatenate([part for _, part in epoch])) == list(range(300))
+        np.testing.assert_allclose(sum(y.sum(0) for _, y in epoch), 1, atol=1e-5)
+        assert all(x.dtype == y.dtype == np.float32 for x, y in epoch)
     assert not np.array_equal(six[0][1], six[3][1])
     for k in (1, 4):
-        x, y = next(data_helpers.training_batches(*arguments, first_step=k))
+        x, y = next(data_helpers.training_batches(images, numbered, preset, first_step=k))
         assert np.array_equal(x, six[k][0]) and np.array_equal(y, six[k][1])
-    x, y = next(data_helpers.training_batches(images, numbered, 128, 5, False))
-    assert np.array_equal(x, data_helpers.scale(images[y]))
+
+
+def test_the_first_epochs_may_be_of_low_resolution(cifar10):
+    images, labels = data_helpers.load(cifar10, data_helpers.TRAIN_FILES)
+    preset = make_preset(3, batch_size=100, low_resolution_epochs=1.5)  # 300 images: three steps an epoch
+    stream = data_helpers.training_batches(images, labels, preset)
+    assert [next(stream)[0].shape[1:3] for _ in range(7)] == [(24, 24)] * 5 + [(32, 32)] * 2
+
+
+def test_batches_without_augmentation_are_the_images(cifar10):
+    images, _ = data_helpers.load(cifar10, data_helpers.TRAIN_FILES)
+    preset = make_preset(3, num_classes=300, data_augmentation=False)
+    x, y = next(data_helpers.training_batches(images, np.arange(300), preset))
+    assert np.array_equal(x, data_helpers.scale(images[y.argmax(1)])) and set(y.ravel()) == {0, 1}
+
+
+def test_random_erasing_makes_one_grey_rectangle():
+    ones = np.ones((2000, 32, 32, 3), np.float32)
+    data_helpers.erase(ones, 0.5, np.random.RandomState(3))
+    erased = ones.min((1, 2, 3)) == 0
+    assert 900 < erased.sum() < 1100
+    areas = []
+    for image in ones[erased]:
+        rows, columns = np.nonzero((image == 0).all(-1))
+        box = image[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+        assert not box.any() and image.sum() == 3 * (1024 - box[..., 0].size)
+        areas.append(box[..., 0].size / 1024)
+    assert 0.015 < min(areas) < 0.03 and 0.35 < max(areas) < 0.42 and 0.17 < np.mean(areas) < 0.22
+    untouched = np.ones((50, 32, 32, 3), np.float32)
+    data_helpers.erase(untouched, 0, np.random.RandomState(3))
+    assert untouched.all()
+
+
+def test_mixup_by_hand():
+    random = np.random.RandomState(1)
+    x, y = random.rand(5, 32, 32, 3).astype(np.float32), data_helpers.one_hot(np.arange(5), 10)
+    mixed, labels = data_helpers.mixup(x, y, 0.4, np.random.RandomState(7))
+    drawn = np.random.RandomState(7)
+    share, other = drawn.beta(0.4, 0.4), drawn.permutation(5)
+    assert 0 < share < 1 and sorted(other) != list(other)
+    for k in range(5):
+        np.testing.assert_allclose(mixed[k], share * x[k] + (1 - share) * x[other[k]], atol=1e-6)
+        expected = np.zeros(10)
+        expected[k] += share
+        expected[other[k]] += 1 - share
+        np.testing.assert_allclose(labels[k], expected, atol=1e-6)
+    assert mixed.dtype == labels.dtype == np.float32
 
 
 def test_scale_and_one_hot():

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from presets_and_results import (COLUMNS, PRESETS, InputError, Preset, check_output_dir, load_preset, load_presets,
+from presets_and_results import (COLUMNS, NAMES, PRESETS, InputError, Preset, check_output_dir, load_preset, load_presets,
                                  make_preset, read_preset, start_run, write_atomically)
 
 TABLE = {  # the study's
@@ -33,8 +33,21 @@ def test_presets_are_the_study_s(number):
         'SGD (Momentum)', 'ReLU', 'He_normal', 'Batch Norm')
 
 
-def test_preset_0_is_small():
-    assert make_preset(0).model == 'ResNet8' and set(PRESETS) == {0, 1, 2, 3, 4, 5}
+def test_every_preset_has_a_name_of_its_own():
+    assert make_preset(0).model == 'ResNet8' and list(PRESETS) == list(NAMES) == list(range(14))
+    for number, (name, purpose) in NAMES.items():
+        assert vars(make_preset(name)) == vars(make_preset(number)) == vars(make_preset(str(number)))
+    assert len({name for name, _ in NAMES.values()}) == 14
+
+
+def test_paper_presets_are_the_paper_s():
+    for name, model in (('paper20', 'ResNet20'), ('paper32', 'ResNet32'), ('paper56', 'ResNet56'),
+                        ('paper110', 'ResNet110')):
+        preset = make_preset(name)
+        assert (preset.model, preset.lr, preset.lr_decay, preset.lr_milestones, preset.max_steps, preset.momentum,
+                preset.l2_reg_lambda, preset.batch_size, preset.relu_leakiness, preset.nesterov, preset.schedule) == (
+            model, 0.1, 0.1, '32000,48000', 64000, 0.9, 0.0001, 128, 0, False, 'step')
+        assert preset.num_epochs * 352 >= 64000
 
 
 def test_columns_begin_as_in_2020():
@@ -57,8 +70,8 @@ def test_bad_values_are_refused(overrides, message):
 def test_overrides_take_text_and_change_the_model():
     preset = make_preset(3, num_residual_units='18', lr='1e-2', data_augmentation='False')
     assert (preset.model, preset.depth, preset.lr, preset.data_augmentation) == ('ResNet110', 110, 0.01, False)
-    with pytest.raises(InputError, match='no preset 9; choose one of 0, 1'):
-        make_preset(9)
+    with pytest.raises(InputError, match=r'no preset 99; choose one of 0 \(first\), 1 \(study1\)'):
+        make_preset(99)
 
 
 def test_pickle_round_trip(tmp_path):
@@ -174,6 +187,17 @@ def test_logs(tmp_path):
     row = dict(zip(COLUMNS, lines[1].split('\t')))
     assert [row[name] for name in ('model', 'lr_decay', 'val_accuracy', 'test_accuracy', 'finished', 'device')] == [
         'ResNet32', '0.96', '0.86789', '', 'False', 'a b c']
+
+
+def test_a_log_of_fewer_columns_gets_their_names(tmp_path):
+    preset = make_preset(2, timestamp=5)
+    os.mkdir(str(tmp_path / 'INFOS'))
+    path = tmp_path / 'INFOS' / 'train_overall.txt'
+    path.write_text('preset\tmodel\n1\tResNet32\n')
+    for n in (3, 4):
+        preset.log(str(tmp_path), 'train_overall.txt')
+        lines = path.read_text().splitlines()
+        assert lines[0].split('\t') == list(COLUMNS) and lines[1] == '1\tResNet32' and len(lines) == n
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

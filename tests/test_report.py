@@ -74,6 +74,9 @@ def test_order_and_remarks():
                         steps=7, max_steps=7)]
     assert [run.timestamp for run in best_first(runs)] == [3, 2, 1]
     assert [remark(run) for run in best_first(runs)] == ['shortened', '', 'unfinished: interrupted, not tested']
+    whole = dict(status='complete', finished=True, test_accuracy=0.9)
+    assert remark(make_preset('paper20', steps=64000, **whole)) == ''  # where max_steps is the preset's own
+    assert remark(make_preset('paper20', max_steps=5, steps=5, **whole)) == 'shortened'
 
 
 def test_predictions_that_are_not_the_record_s_are_left_out(tmp_path, capsys):

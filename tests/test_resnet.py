@@ -111,6 +111,29 @@ def test_gradients_do_not_depend_on_whose_kernels_compute_them(monkeypatch):
         assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
 
 
+def test_mixed_precision_steps_like_single_precision(monkeypatch):
+    monkeypatch.setattr(resnet, 'half_precision', lambda: tf.float16)  # which every stack's processor can, if slowly
+    random = np.random.RandomState(0)
+    x, y = random.uniform(-1, 1, (16, 32, 32, 3)), np.eye(10)[random.randint(0, 10, 16)]
+    moves, logits = [], []
+    for mixed in (False, True):
+        with tf.Graph().as_default() as graph:
+            net = ResNet(make_preset(3, num_residual_units=1, mixed_precision=mixed))
+            convolutions = {training: {op.outputs[0].dtype for op in ops(graph, 'Conv2D', training)}
+                            for training in (False, True)}
+            assert convolutions == {False: {tf.float32}, True: {tf.float16 if mixed else tf.float32}}
+            assert all(variable.dtype.base_dtype in (tf.float32, tf.int64) for variable in tf.global_variables())
+            with make_session(net.preset) as session:
+                session.run(tf.global_variables_initializer())
+                logits.append(session.run(net.logits, {net.X: x}))
+                before = session.run(tf.trainable_variables())
+                session.run(net.train_step, {net.X: x, net.Y: y, net.learning_rate: 0.01})
+                after = session.run(tf.trainable_variables())
+                moves.append(np.concatenate([(b - a).ravel() for a, b in zip(before, after)]))
+    assert np.array_equal(*logits)
+    assert 0 < np.linalg.norm(moves[0] - moves[1]) < 0.1 * np.linalg.norm(moves[0])
+
+
 def test_initial_weights(graph):
     ResNet(make_preset(3))
     with make_session(make_preset(3)) as session:
@@ -166,8 +189,9 @@ def test_predictions_do_not_depend_on_the_batch(cifar10):
     assert all(np.array_equal(first, other) for other in others) and (first == labels).mean() > 0.6
 
 
-def test_loss_accuracy_and_one_step_against_numpy(graph, cifar10):
-    preset = make_preset(0, l2_reg_lambda=0.01, relu_leakiness=0.2)
+@pytest.mark.parametrize('slope, options', [(0.2, {}), (0.0, dict(momentum=0.7, nesterov=True, label_smoothing=0.3))])
+def test_loss_accuracy_and_one_step_against_numpy(slope, options, graph, cifar10):
+    preset = make_preset(0, l2_reg_lambda=0.01, relu_leakiness=slope, **options)
     images, labels = data_helpers.load(cifar10, data_helpers.TEST_FILES)
     x, y = data_helpers.scale(images), data_helpers.one_hot(labels, 10)
     net = ResNet(preset)
@@ -176,7 +200,7 @@ def test_loss_accuracy_and_one_step_against_numpy(graph, cifar10):
         session.run(tf.global_variables_initializer())
         variables = {variable.op.name: session.run(variable).astype(np.float64) for variable in tf.global_variables()}
         kernels = [value for name, value in variables.items() if name.endswith('/DW')]
-        logits = numpy_resnet.logits(x.astype(np.float64), dict(variables), 1, 0.2)
+        logits = numpy_resnet.logits(x.astype(np.float64), dict(variables), 1, slope)
         stable = logits - logits.max(1, keepdims=True)
         cross_entropy = (np.log(np.exp(stable).sum(1)) - stable[np.arange(100), labels]).mean()
         loss, accuracy = session.run([net.loss, net.accuracy], feed)
@@ -193,7 +217,8 @@ def test_loss_accuracy_and_one_step_against_numpy(graph, cifar10):
         np.testing.assert_allclose(variance, 0.9 + 0.1 * stem.var((0, 1, 2)), rtol=1e-4)
         assert step == 1 and np.array_equal(kernel, variables['init/init_conv/DW'].astype(np.float32))
 
-        # Momentum SGD on the biases, whose gradient is that of the mean cross entropy alone.
+        # Momentum SGD on the biases, whose gradient is that of the mean cross entropy alone: with the smoothed labels.
+        smooth = 0.7 * y + 0.03 if options else y
         def probabilities():
             shifted = session.run(graph.get_tensor_by_name('training/logit/xw_plus_b:0'), feed).astype(np.float64)
             shifted = np.exp(shifted - shifted.max(1, keepdims=True))
@@ -202,8 +227,9 @@ def test_loss_accuracy_and_one_step_against_numpy(graph, cifar10):
         slot = session.run('logit/biases/Momentum:0').astype(np.float64)
         biases = session.run('logit/biases:0').astype(np.float64)
         for _ in range(2):
-            slot = 0.9 * slot + (probabilities() - y).mean(0)
-            biases = biases - 0.05 * slot
+            gradient = (probabilities() - smooth).mean(0)
+            slot = preset.momentum * slot + gradient
+            biases = biases - 0.05 * (gradient + preset.momentum * slot if preset.nesterov else slot)
             session.run(net.train_step, feed)
         np.testing.assert_allclose(session.run('logit/biases:0'), biases, atol=1e-5)
 

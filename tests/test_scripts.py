@@ -1,5 +1,6 @@
 """The scripts as a user runs them: in processes of their own, on the sample."""
 import glob
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import data_helpers
 import numpy_resnet
 import resnet_train
 import sample
-from presets_and_results import COLUMNS, load_preset, make_preset
+from presets_and_results import COLUMNS, load_preset, load_presets, make_preset
 from resnet import tf
 from resnet_train import checkpoint_path, checkpoint_steps, learning_rate, train
 from sample import TINY, run_script
@@ -94,11 +95,19 @@ def test_curves(tmp_path):
     assert abs(train['learning_rate'][20] - 0.1) < 1e-6 and train['loss'][10] > 0
 
 
-def test_the_schedule_is_a_step_function():
-    preset = make_preset(4)
-    assert learning_rate(preset, 0) == learning_rate(preset, 23999) == 0.1
-    assert abs(learning_rate(preset, 24000) - 0.096) < 1e-12 and abs(learning_rate(preset, 70399) - 0.09216) < 1e-12
-    assert learning_rate(make_preset(1), 70399) == 0.1
+@pytest.mark.parametrize('number, rates', [
+    (4, {0: 0.1, 23999: 0.1, 24000: 0.096, 70399: 0.09216}), (1, {70399: 0.1}),
+    ('paper20', {0: 0.1, 31999: 0.1, 32000: 0.01, 47999: 0.01, 48000: 0.001, 63999: 0.001}),
+    ('paper110', {0: 0.1 / 353, 175: 0.1 * 176 / 353, 352: 0.1, 31999: 0.1, 48000: 0.001}),
+    ('fast', {'warmup_epochs': 2, 'num_epochs': 10, 0: 0.4 / 705, 703: 0.4 * 704 / 705, 704: 0.4, 2112: 0.2,
+              3519: 0.4 / 2816}),
+    ('best20', {'warmup_epochs': 0, 'num_epochs': 10, 0: 0.1, 880: 0.1 * (2 + math.sqrt(2)) / 4, 1760: 0.05,
+                3519: 0.1 * math.sin(math.pi / 7040) ** 2})])
+def test_schedules_by_hand(number, rates):
+    preset = make_preset(number, **{name: value for name, value in rates.items() if isinstance(name, str)})
+    for step, rate in rates.items():
+        if not isinstance(step, str):
+            assert abs(learning_rate(preset, step, steps_per_epoch=352) - rate) < 1e-12, step
 
 
 def test_the_same_seed_gives_the_same_run(trained, tmp_path):
@@ -107,6 +116,32 @@ def test_the_same_seed_gives_the_same_run(trained, tmp_path):
         assert run_script('resnet_train.py', *TINY, '--seed', seed, '--output_dir', output_dir)[0] == 0
         first, second = variables(trained[0], 6), variables(output_dir, 6)
         assert all(np.allclose(first[name], second[name], atol=1e-3) for name in first) == same
+
+
+@pytest.mark.parametrize('flag, message', [
+    ('--mixed_precision', 'mixed_precision needs a GPU of compute capability 7 or more, or a processor with'),
+    ('--xla', 'xla is for GPUs, and TensorFlow sees none here')])
+def test_what_the_hardware_cannot_is_refused(flag, message, tmp_path):
+    status, out, err = run_script('resnet_train.py', *TINY, flag, 'true', '--output_dir', tmp_path,
+                                  prepare='import resnet; resnet.half_precision = lambda: None; '
+                                  'resnet.KERNELS = "Eigen"; ')
+    assert status == 2 and message in err and len(err.splitlines()) == 1
+    assert os.listdir(str(tmp_path / 'runs')) == []
+
+
+def test_a_run_for_each_of_several_seeds(tmp_path):
+    for flags, seeds in ((['2'], [0, 1]), (['7', '5'], [7, 5])):
+        output_dir = str(tmp_path / flags[0])
+        status, out, err = run_script('resnet_train.py', *TINY, '--max_steps', 2, '--seeds', *flags,
+                                      '--output_dir', output_dir)
+        assert status == 0 and err == '', err
+        runs = load_presets(output_dir)
+        assert [(run.seed, run.status, run.steps) for run in runs] == [(seed, 'complete', 2) for seed in seeds]
+        with open(os.path.join(output_dir, 'INFOS', 'train_overall.txt')) as file:
+            assert len(file.readlines()) == 3
+        kernels = [tf.train.NewCheckpointReader(checkpoint_path(run.run_dir(output_dir), 2)).get_tensor(
+            'init/init_conv/DW') for run in runs]
+        assert np.abs(kernels[0] - kernels[1]).max() > 0.01
 
 
 def test_a_training_that_diverges_stops_and_says_so(tmp_path):
@@ -267,6 +302,12 @@ def test_the_contact_sheet_shows_pictures_and_bars(trained, tmp_path):
     ('resnet_train.py', ['--lr', 'abc'], "lr must be a number from 1e-09 to 100, not 'abc'"),
     ('resnet_train.py', ['--data_dir', os.path.join(__file__, 'data')], 'cannot be written there'),
     ('resnet_train.py', ['--output_dir', os.path.join(__file__, 'out')], 'cannot write to the output folder'),
+    ('resnet_train.py', ['--preset', 'slow'], 'there is no preset slow; choose one of 0 (first), 1 (study1)'),
+    ('resnet_train.py', ['--schedule', 'linear'], "schedule must be step, one-cycle or cosine, not 'linear'"),
+    ('resnet_train.py', ['--lr_milestones', '5;6'], "lr_milestones must be steps such as 32000,48000, not '5;6'"),
+    ('resnet_train.py', ['--seeds', '3', '--seed', '1'], '--seed and --seeds exclude each other'),
+    ('resnet_train.py', ['--seeds', '0'], '--seeds must be a whole number from 1'),
+    ('resnet_train.py', ['--seeds', '1', 'x'], "seed must be a whole number from 0 to 4294967295, not 'x'"),
     ('resnet_eval.py', ['--output_dir', '{trained}', '--timestamp', '7'], 'there is no run 7; known: {timestamp}'),
     ('resnet_eval.py', ['--output_dir', '{trained}', '--timestamp', ''], 'there is no run ; known'),
     ('resnet_eval.py', ['--output_dir', '{empty}'], 'there are no runs in {empty}; make one with'),
