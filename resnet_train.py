@@ -56,7 +56,7 @@ def learning_rate(preset, step, steps_per_epoch):
 
 def in_words(preset):
     """The recipe, for the console."""
-    warmup = ' after {:g} epochs of warm-up'.format(preset.warmup_epochs) if preset.warmup_epochs else ''
+    warmup = ' after {:g} epochs of warm-up, then'.format(preset.warmup_epochs) if preset.warmup_epochs else ''
     course = dict(step='x {:g} '.format(preset.lr_decay) + (
         'at steps ' + preset.lr_milestones.replace(',', ', ') if preset.lr_milestones
         else 'every {:,} steps'.format(DECAY_STEPS)), cosine='to 0 as a cosine')
