@@ -59,6 +59,7 @@ ARCHIVES = {  # name: (bytes, SHA-256), or None where the contents' digests must
     'cifar-10-python.tar.gz': None,      # torchvision
     'cifar-10-batches-py.tar.gz': None,  # Keras
 }
+LARGEST_IMAGE = 1 << 27   # pixels of a person's image; each takes up to 12 bytes while it is read
 LARGEST_MEMBER = 1 << 25  # bytes; the largest file of any layout has 31 million
 
 PATIENCE = 25  # seconds that a source may be silent, or slower than CRAWL
@@ -495,9 +496,18 @@ def read_image(path):
         raise InputError('{} is no file'.format(path))
     try:
         with Image.open(path) as image:
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image), image.format))
+            if image.width * image.height > LARGEST_IMAGE:
+                raise InputError('it claims {:,} x {:,} pixels'.format(image.width, image.height))
+            return np.asarray(_to_rgb(_upright(image), image.format))
     except Exception as error:  # Pillow's plugins raise anything on damaged files
         raise InputError('{} is no image that can be read ({})'.format(path, error))
+
+
+def _upright(image):
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # what a camera or an editor wrote wrongly is no reason to refuse the picture
+        return image
 
 
 def _to_rgb(image, file_format):

@@ -14,6 +14,7 @@ report needs (SciPy, openpyxl, matplotlib, TensorBoard's reader) is imported whe
 """
 import argparse
 import collections
+import contextlib
 import io
 import itertools
 import logging
@@ -28,12 +29,17 @@ import time
 import types
 import zipfile
 
+import filelock
+
 PROJECT_DIR = os.path.dirname(os.path.abspath(__file__))
 PRESET_PICKLE = 'presets_and_results.Preset'
 NUMPY_SCALARS = ('numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar', 'numpy.dtype')
 LARGEST_PRESET_PICKLE = 1 << 20  # bytes; a real one has about one thousand
 LONGEST_TEXT = 200               # characters of an attribute
 NO_RUNS = 'there are no runs in {}; make one with: python resnet_train.py --preset 0'
+NEWEST = 'the newest'            # in place of a timestamp
+LOCK = '.lock'                   # of a run's folder, and of INFOS/
+PATIENCE = 60                    # seconds that others may hold INFOS/, for what takes milliseconds
 PREDICTIONS = 'test_predictions.csv'  # in runs/<timestamp>/
 LARGEST_PREDICTIONS = 1 << 20    # characters; 10,000 images take 40,000
 
@@ -98,6 +104,7 @@ class Preset:
     low_resolution_epochs = 0.0           # epochs, from the first, that are trained on crops of 24x24
     mixed_precision = False               # training computes in 16 bits
     xla = False                           # XLA compiles the graph
+    checkpoint_minutes = 2.0              # minutes of work that a kill may cost
 
     def __init__(self, **values):
         """Defaults, then `values`. Raises InputError on an unknown name or a bad value."""
@@ -139,19 +146,24 @@ class Preset:
         """Pickles the object, whole or not at all: a reader never sees half a file."""
         write_atomically(self.pickle_path(output_dir), pickle.dumps(self, protocol=4))  # 4: Python 3.7 reads it
 
-    def log(self, output_dir, name):
-        """Appends one tab-separated line to INFOS/<name>, whose header names all columns, also those it lacked before."""
+    def log(self, output_dir, name, replace=False):
+        """Adds a tab-separated line to INFOS/<name>, in place of the run's last one if `replace`.
+
+        The header names all columns, also those that the file lacked before. The file is whole at any
+        moment, and of several processes that log at once none loses a line.
+        """
         path = os.path.join(output_dir, 'INFOS', name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        header, line = ('\t'.join(texts) + '\n' for texts in (
-            COLUMNS, [_as_text(getattr(self, column)) for column in COLUMNS]))
-        with open(path, 'a+', encoding='utf-8') as file:
-            file.seek(0)
-            if file.readline() == header:
-                file.write(line)
-                return
-            lines = file.read()
-        write_atomically(path, (header + lines + line).encode())
+        with filelock.FileLock(os.path.join(output_dir, 'INFOS', LOCK), timeout=PATIENCE):
+            lines = []
+            if os.path.exists(path):
+                with open(path, encoding='utf-8') as file:
+                    lines = [line for line in file.read().split('\n')[1:] if line]
+            if replace:
+                lines = [line for line in lines if str(self.timestamp) != (
+                    line.split('\t') + [''] * len(COLUMNS))[COLUMNS.index('timestamp')]]
+            lines.append('\t'.join(_as_text(getattr(self, column)) for column in COLUMNS))
+            write_atomically(path, '\n'.join(['\t'.join(COLUMNS)] + lines + ['']).encode())
 
 
 COLUMNS = tuple(name for name, value in vars(Preset).items()
@@ -221,9 +233,11 @@ HYPERPARAMETERS = {  # each has a flag of its name
     'low_resolution_epochs': Field(float, 0, 100000, 'epochs, from the first, that are trained on crops of 24x24'),
     'mixed_precision': Field(bool, None, None, 'train in 16 bits: faster where the hardware can'),
     'xla': Field(bool, None, None, 'let XLA compile the graph, on a GPU'),
+    'checkpoint_minutes': Field(float, 0, 10**6, 'minutes of work that a kill may cost'),
 }
 RECIPE = tuple(name for name in HYPERPARAMETERS if name not in (  # what a result depends on, chance apart
-    'seed', 'checkpoint_every', 'num_checkpoints', 'allow_soft_placement', 'log_device_placement', 'xla'))
+    'seed', 'checkpoint_every', 'num_checkpoints', 'checkpoint_minutes', 'allow_soft_placement',
+    'log_device_placement', 'xla'))
 FIELDS = dict(
     HYPERPARAMETERS,
     preset=Field(int, 0, 10**9, 'number in PRESETS'),
@@ -237,8 +251,8 @@ FIELDS = dict(
     images_per_second=Field(float, 0, 10**9, 'training steps alone'),
 )
 
-MODERN = dict(num_residual_units=3, lr=0.4, schedule='one-cycle', nesterov=True, l2_reg_lambda=0.0005, relu_leakiness=0.0,
-              evaluate_every=704, checkpoint_every=704)
+MODERN = dict(num_residual_units=3, lr=0.4, schedule='one-cycle', nesterov=True, l2_reg_lambda=0.0005,
+              relu_leakiness=0.0, evaluate_every=704, checkpoint_every=704)
 PAPER = dict(lr_decay=0.1, lr_milestones='32000,48000', num_epochs=182, max_steps=64000, l2_reg_lambda=0.0001,
              relu_leakiness=0.0, evaluate_every=1000, checkpoint_every=1000)
 BEST = dict(schedule='cosine', warmup_epochs=5, nesterov=True, l2_reg_lambda=0.0005, relu_leakiness=0.0,
@@ -309,6 +323,24 @@ def check_output_dir(output_dir):
             tempfile.TemporaryFile(dir=os.path.join(output_dir, folder)).close()
     except OSError as error:
         raise InputError('cannot write to the output folder ({}); name another with --output_dir'.format(error))
+
+
+@contextlib.contextmanager
+def locked(preset, output_dir):
+    """Keeps a run to this process, among all that share the folder. Raises InputError where another has it."""
+    if not os.path.isdir(preset.run_dir(output_dir)):
+        raise InputError('run {} has no folder {}'.format(preset.timestamp, preset.run_dir(output_dir)))
+    lock = filelock.FileLock(os.path.join(preset.run_dir(output_dir), LOCK))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError('run {} is in the hands of another process, in training or in test'.format(preset.timestamp))
+    except OSError as error:
+        raise InputError('run {} cannot be written to ({})'.format(preset.timestamp, error))
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # ------------------------------------------------------------------------------ files
@@ -1131,7 +1163,8 @@ def report(output_dir):
     for name, figure, lack in (
             ('123result.png', curves and runs_figure(presets, curves), 'has validation accuracies in its summaries'),
             ('layer_increase.png', comparison_figure(
-                'num_residual_units', 'residual units a group (beside the points: preset)', presets, curves, judged), None),
+                'num_residual_units', 'residual units a group (beside the points: preset)', presets, curves, judged),
+             None),
             ('lr_decay.png', comparison_figure(
                 'lr_decay', 'decay every 24,000 steps (beside the points: preset)',
                 [preset for preset in presets if preset.schedule == 'step' and not preset.lr_milestones], curves,

@@ -18,6 +18,8 @@ import zlib
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')   # TensorFlow's own noise, fatal errors apart
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # off by default where there is only AVX2: twice the time
+os.environ.setdefault('TF_DETERMINISTIC_OPS', '1')   # on a GPU: the same seed, the same result (TensorFlow 2)
+os.environ.setdefault('TF_CUDNN_DETERMINISTIC', '1')  # (1.15)
 
 
 @contextlib.contextmanager
@@ -210,7 +212,8 @@ class ResNet:
             else:
                 x, *batch = tf.nn.fused_batch_norm(x, gamma, beta, epsilon=BN_EPSILON, is_training=True)
                 for moving, now in zip((mean, variance), batch):
-                    self._moves.append(tf.assign_sub(moving, (moving - now) * (1 - self._statistics_momentum)))
+                    momentum = self._statistics_momentum  # at 0 what was before leaves no trace, not even by rounding
+                    self._moves.append(tf.assign(moving, moving * momentum + now * (1 - momentum)))
         return _leaky_relu(x, self.preset.relu_leakiness, training)
 
     def _statistics(self, channels):

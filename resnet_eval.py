@@ -17,12 +17,11 @@ import numpy as np
 from PIL import Image
 
 import data_helpers
-from presets_and_results import (ArgumentParser, InputError, ProgressLine, check_output_dir, confusion_matrix,
-                                 exit_on_input_error, load_preset, load_presets, new_figure, printable, read_preset,
-                                 save_predictions, write_picture)
-from resnet_train import checkpoint_path, checkpoint_steps, evaluate, make_session
+from presets_and_results import (NEWEST, ArgumentParser, InputError, ProgressLine, check_output_dir, confusion_matrix,
+                                 exit_on_input_error, load_preset, load_presets, locked, new_figure, printable,
+                                 read_preset, save_predictions, write_picture)
+from resnet_train import checkpoint_path, checkpoint_steps, evaluate, make_session, reason
 
-NEWEST = 'the newest'
 PREVIEW = 280  # pixels, of a person's image on the contact sheet
 SHEET = 300    # images at most on the contact sheet
 WIDE_FONTS = ('NanumGothic', 'Noto Sans CJK KR', 'Noto Sans CJK JP', 'Malgun Gothic', 'Apple SD Gothic Neo',
@@ -61,8 +60,10 @@ def restored(preset, checkpoint, use):
                         raise InputError('{} does not fit a {}: {} is {} there, not {}'.format(
                             checkpoint, preset.model, name, held.get(name, 'missing'), shape))
                 tf.train.Saver().restore(session, checkpoint)
-            except (tf.errors.OpError, ValueError, RuntimeError) as error:  # 1.15's reader raises ValueError
-                raise InputError('{} is damaged: {}'.format(checkpoint, str(error).splitlines()[0]))
+            except InputError:
+                raise
+            except Exception as error:  # a damaged file can raise anything
+                raise InputError('{} is damaged: {}'.format(checkpoint, reason(error)))
             return use(net, session)
 
 
@@ -253,7 +254,8 @@ def main(arguments=None):
         images, labels = data_helpers.load(flags.data_dir, data_helpers.TEST_FILES)
         for preset, checkpoint in testable:
             try:
-                test(preset, checkpoint, images, labels, flags.output_dir)
+                with locked(preset, flags.output_dir):
+                    test(preset, checkpoint, images, labels, flags.output_dir)
             except InputError as error:
                 problems.append(str(error))
     if problems:

@@ -2,9 +2,12 @@
 
     python resnet_train.py --preset 4
     python resnet_train.py --preset 4 --lr 0.05 --seed 1 --max_steps 2000
+    python resnet_train.py --resume
 
-Ctrl-C once ends a training cleanly: validated, saved and recorded. Twice breaks it off.
+Ctrl-C once ends a training cleanly: validated, saved and recorded. Twice breaks it off. Whatever stopped
+it, --resume goes on as if nothing had: on a CPU, with the same TensorFlow, to the same weights to the last bit.
 """
+import collections
 import contextlib
 import glob
 import math
@@ -19,8 +22,9 @@ import time
 import numpy as np
 
 import data_helpers
-from presets_and_results import (HYPERPARAMETERS, NAMES, RECIPE, Field, ArgumentParser, InputError, ProgressLine,
-                                 check_output_dir, exit_on_input_error, make_preset, start_run)
+from presets_and_results import (FIELDS, HYPERPARAMETERS, NAMES, NEWEST, RECIPE, ArgumentParser, Field, InputError,
+                                 ProgressLine, check_output_dir, exit_on_input_error, load_preset, load_presets, locked,
+                                 make_preset, read_preset, start_run)
 # TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
 
 DECAY_STEPS = 24000       # training steps between decays of the learning rate
@@ -28,8 +32,11 @@ SUMMARY_EVERY = 10        # training steps between points of the training curves
 EVALUATION_BATCH = 500    # images; more are hardly faster, and cost memory
 REFRESH_IMAGES = 4000     # training images that the statistics are averaged over before a network is judged
 REFRESH_BATCH = 500       # images
+BEST_OR_LATEST = 'model'  # name of a checkpoint
+TO_RESUME = 'resume'      # name of one to go on from: its statistics are not fit to judge by
 OPTIONS = ('nesterov', 'label_smoothing', 'data_augmentation', 'random_erasing', 'mixup', 'low_resolution_epochs',
            'mixed_precision', 'xla')  # of a recipe: named where they are on
+UNFINISHED = ('training', 'interrupted')  # status of what can be resumed
 HOW_MANY = Field(int, 1, 1000, 'seeds')
 HPARAMS_METRICS = (('dev', 'best_accuracy'), ('dev', 'accuracy'), ('dev', 'loss'), ('train', 'loss'),
                    ('train', 'images_per_second'))
@@ -82,8 +89,8 @@ def make_session(preset):
     return tf.Session(config=config)
 
 
-def train(preset, data_dir, output_dir):
-    """Trains `preset` (a Preset) and returns it with its results, which are then on disk too.
+def train(preset, data_dir, output_dir, resume=False):
+    """Trains `preset` (a Preset), or goes on with its run, and returns it with its results, which are then on disk.
 
     CIFAR-10 is in data_dir or is fetched to it; INFOS/ and runs/ go to output_dir.
     Raises InputError on data or folders that cannot be used, and where the loss is no longer finite.
@@ -99,16 +106,19 @@ def train(preset, data_dir, output_dir):
         raise InputError('mixed_precision needs a GPU of compute capability 7 or more, or a processor with AVX512_BF16 '
                          'or AMX under today\'s TensorFlow; here it would only cost accuracy: leave it out')
     if preset.xla and KERNELS != 'GPU':
-        raise InputError('xla is for GPUs, and TensorFlow sees none here, where it would slow the training: leave it out')
-    start_run(preset, output_dir)
-    with tf.Graph().as_default():
+        raise InputError('xla is for GPUs, and TensorFlow sees none; it would slow the training here: leave it out')
+    if not resume:
+        start_run(preset, output_dir)
+    with locked(preset, output_dir), tf.Graph().as_default():
+        if resume and vars(read_preset(preset.pickle_path(output_dir))) != vars(preset):
+            raise InputError('run {} has gone on in other hands meanwhile'.format(preset.timestamp))
         net = ResNet(preset)
         with make_session(preset) as session, _stop_request() as stop:
-            session.run(tf.global_variables_initializer())
-            run = Run(preset, net, session, output_dir, len(training[0]))
+            run = Run(preset, net, session, output_dir, len(training[0]), resume)
             run.announce(data_dir, len(training[0]), len(validation[0]))
             session.graph.finalize()  # from here on nothing may add to it, which would slow every step
-            for step, (x, y) in enumerate(run.batches(*training), 1):
+            steps = range(preset.steps + 1, run.last_step + 1)
+            for step, (x, y) in zip(steps, run.batches(*training)):
                 run.train_step(step, x, y)
                 ending = step == run.last_step or bool(stop)
                 validating = ending or step % preset.evaluate_every == 0
@@ -118,36 +128,72 @@ def train(preset, data_dir, output_dir):
                 if validating or saving:
                     net.refresh_statistics(session, _refreshing_batches(training[0]))
                 if validating:
-                    run.validate(step, *validation)
+                    saving |= run.validate(step, *validation)
                 if saving:
                     run.save(step)
+                elif run.unsaved_seconds() > 60 * preset.checkpoint_minutes:
+                    run.save(step, TO_RESUME)
                 if ending:
-                    return run.finish('complete' if step == run.last_step else 'interrupted')
+                    break
+            return run.finish('complete' if preset.steps == run.last_step else 'interrupted')
 
 
 class Run:
     """A training at work, and what it writes: console, summaries, checkpoints, the pickle.
 
-    Steps are counted from 1; a checkpoint or validation of step s has seen s batches.
+    Steps are counted from 1; a checkpoint or validation of step s has seen s batches. What is on disk is
+    that of step `preset.steps` of the pickle, or can be brought back to it: the pickle is written last.
     """
 
-    def __init__(self, preset, net, session, output_dir, n_training):
+    def __init__(self, preset, net, session, output_dir, n_training, resume=False):
         from resnet import tf
         self.preset, self.net, self.session, self.output_dir = preset, net, session, output_dir
         self.steps_per_epoch = data_helpers.steps_per_epoch(n_training, preset.batch_size)
         self.last_step = min(preset.num_epochs * self.steps_per_epoch, preset.max_steps or sys.maxsize)
         self.run_dir = preset.run_dir(output_dir)
         self.saver = tf.train.Saver(max_to_keep=None, save_relative_paths=True)
-        self.writers = {name: tf.summary.FileWriter(os.path.join(self.run_dir, 'summaries', name))
-                        for name in ('', 'train', 'dev')}
-        self.writers['train'].add_graph(session.graph)
-        self._describe_hparams()
-        self.best_steps = []
-        self.started, self.progress = time.time(), ProgressLine()
-        self.training_seconds, self.trained_images = 0.0, 0
         preset.update(dict(status='training', device=_device(session), tensorflow_version=tf.__version__,
-                           python_version=platform.python_version(), val_accuracy=None, early_stopping_epoch=None,
-                           steps=None, test_accuracy=None, finished=False))
+                           python_version=platform.python_version()))
+        preset.update(dict(test_accuracy=None, finished=False))  # of what it was when it was interrupted
+        if not resume:
+            preset.update(dict(val_accuracy=None, early_stopping_epoch=None, steps=None, training_time=None,
+                               images_per_second=None))
+        preset.update(dict(steps=preset.steps or 0, training_time=preset.training_time or 0.0))
+        self.began, self.progress = time.time() - 60 * preset.training_time, ProgressLine()
+        self.first_step = preset.steps + 1
+        self.trained_images = preset.steps * preset.batch_size if preset.images_per_second else 0
+        self.training_seconds = self.trained_images / (preset.images_per_second or 1)
+        best = preset.early_stopping_epoch or 0
+        self.best_steps = [step for step in checkpoint_steps(self.run_dir) if step <= best]
+        if preset.steps:
+            self._restore()
+        else:
+            session.run(tf.global_variables_initializer())
+        with self._writing():
+            self._open_summaries()
+            preset.save(output_dir)
+        self.saved = time.time()
+
+    def _restore(self):
+        """The variables as the last save left them."""
+        paths = [checkpoint_path(self.run_dir, self.preset.steps, kind) for kind in (BEST_OR_LATEST, TO_RESUME)]
+        path = next((path for path in paths if os.path.exists(path + '.index')), paths[0])
+        try:
+            self.saver.restore(self.session, path)
+        except Exception as error:  # a damaged file can raise anything
+            raise InputError('run {} cannot go on: {} is missing or damaged ({})'.format(
+                self.preset.timestamp, path, reason(error)))
+
+    def _open_summaries(self):
+        """Opens the event files; what they held beyond the last save is gone, for it will come again."""
+        folder = os.path.join(self.run_dir, 'summaries')
+        self.writers = {'': _open_events(folder, -1)}
+        self._describe_hparams()
+        for name in ('train', 'dev'):
+            self.writers[name] = _open_events(os.path.join(folder, name), self.preset.steps)
+        if not self.preset.steps:
+            self._write('train', 0, graph_def=self.session.graph.as_graph_def(add_shapes=True).SerializeToString())
+        self._flush()
 
     def announce(self, data_dir, n_training, n_validation):
         """Says what runs, on what, and where it writes."""
@@ -157,33 +203,40 @@ class Run:
               '  data    {5:,} training and {6:,} validation images from {7}\n'
               '  device  {0.device}; TensorFlow {0.tensorflow_version}, Python {0.python_version}\n'
               '  writes  {8} and {9}'.format(
-                  self.preset, self.net.count_parameters(), in_words(self.preset), self.last_step, self.last_step / self.steps_per_epoch, n_training, n_validation, data_dir,
+                  self.preset, self.net.count_parameters(), in_words(self.preset), self.last_step,
+                  self.last_step / self.steps_per_epoch, n_training, n_validation, data_dir,
                   self.run_dir, os.path.join(self.output_dir, 'INFOS')), flush=True)
 
     def batches(self, images, labels):
-        """The training batches, see data_helpers.training_batches, prepared in the background."""
-        return data_helpers.in_background(data_helpers.training_batches(images, labels, self.preset))
+        """The training batches that are to come, see data_helpers.training_batches, prepared in the background."""
+        return data_helpers.in_background(data_helpers.training_batches(
+            images, labels, self.preset, first_step=self.preset.steps))
 
     def train_step(self, step, x, y):
         """One step of SGD on a batch; a point of the curves and the progress line now and then."""
+        from resnet import tf
         rate = learning_rate(self.preset, step - 1, self.steps_per_epoch)
         began = time.time()
-        _, loss, accuracy = self.session.run(
-            [self.net.train_step, self.net.training_loss, self.net.training_accuracy],
-            {self.net.training_X: x, self.net.Y: y, self.net.learning_rate: rate})
+        try:
+            _, loss, accuracy = self.session.run(
+                [self.net.train_step, self.net.training_loss, self.net.training_accuracy],
+                {self.net.training_X: x, self.net.Y: y, self.net.learning_rate: rate})
+        except tf.errors.ResourceExhaustedError as error:
+            raise InputError('batches of {} are too large for the memory: train with a smaller --batch_size '
+                             '({})'.format(self.preset.batch_size, reason(error)))
         if not np.isfinite(loss):
             self._end('diverged')
             raise InputError('run {} diverged: the loss of step {:,} is {} at learning rate {:g}; '
                              'its last good checkpoint: {}. Try a lower --lr'.format(
                                  self.preset.timestamp, step, loss, rate,
                                  'step {:,}'.format(self.preset.steps) if self.preset.steps else 'none'))
-        if step > 1:  # the first one also sets TensorFlow up
+        if step > self.first_step:  # which also sets TensorFlow up
             self.training_seconds += time.time() - began
             self.trained_images += len(x)
         if step % SUMMARY_EVERY == 0:
             self._summarize('train', step, loss=loss, accuracy=accuracy, learning_rate=rate,
                             images_per_second=self._images_per_second())
-        left = (time.time() - self.started) / step * (self.last_step - step)
+        left = (time.time() - self.began) / step * (self.last_step - step)
         self.progress('step {:,}/{:,}  epoch {:.2f}  loss {:.4f}  accuracy {:.3f}  lr {:.4g}  {:,.0f} images/s  '
                       '{} left', step, self.last_step, step / self.steps_per_epoch, loss, accuracy, rate,
                       self._images_per_second(), _duration(left))
@@ -196,34 +249,56 @@ class Run:
         if best:
             self.best_steps = (self.best_steps + [step])[-self.preset.num_checkpoints:]
             self.preset.update(dict(val_accuracy=accuracy, early_stopping_epoch=step))
-            self.save(step)
         self._summarize('dev', step, loss=loss, accuracy=accuracy, best_accuracy=self.preset.val_accuracy)
         self.progress.row('validation  step {:,}  epoch {:.2f}  loss {:.4f}  accuracy {:.4f}{}'.format(
             step, step / self.steps_per_epoch, loss, accuracy, '  best' if best else ''))
+        return best
 
-    def save(self, step):
-        """Writes checkpoint model-<step>, then the record, then removes what is neither best nor latest.
+    def save(self, step, kind=BEST_OR_LATEST):
+        """Writes the checkpoint of `step`, then the record, then removes what is neither best nor latest.
 
-        In this order, so that at any moment the record points to a checkpoint that is there.
+        In this order, so that at any moment the record points to a checkpoint that is there, and to
+        summaries that hold all up to it. Raises InputError where they cannot be written.
         """
-        if step == self.preset.steps:  # a new best, saved as such
-            return
-        self.saver.save(self.session, checkpoint_path(self.run_dir, step), write_meta_graph=False)
-        self.preset.update(dict(steps=step, training_time=(time.time() - self.started) / 60,
-                                images_per_second=self._images_per_second()))
-        self.preset.save(self.output_dir)
-        for old in checkpoint_steps(self.run_dir):
-            if old != step and old not in self.best_steps:
-                for path in glob.glob(glob.escape(checkpoint_path(self.run_dir, old)) + '.*'):
-                    os.unlink(path)
+        path = checkpoint_path(self.run_dir, step, kind)
+        with self._writing():
+            self._flush()
+            self.saver.save(self.session, path, write_meta_graph=False)
+            self.preset.update(dict(steps=step, training_time=(time.time() - self.began) / 60,
+                                    images_per_second=self._images_per_second()))
+            self.preset.save(self.output_dir)
+        self.saved = time.time()
+        kept = {os.path.basename(checkpoint_path(self.run_dir, best)) for best in self.best_steps}
+        kept.add(os.path.basename(path))
+        files = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*-*.*'))
+        for old in sorted(files, key=lambda file: not file.endswith('.index')):  # without its index it does not count
+            if os.path.basename(old).partition('.')[0] not in kept:
+                os.unlink(old)
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Where something cannot be written, says what is safe."""
+        from resnet import tf
+        held = self.preset.steps
+        try:
+            yield
+        except (OSError, tf.errors.OpError, ValueError) as error:  # the saver raises ValueError where a folder is gone
+            raise InputError('run {0} cannot be written ({1}). What was saved of step {2:,} is whole; when there is '
+                             'room again, go on with: python resnet_train.py --resume {0}'.format(
+                                 self.preset.timestamp, reason(error), held))
+
+    def unsaved_seconds(self):
+        """What a kill would cost now."""
+        return time.time() - self.saved
 
     def finish(self, status):
         """Records the end of the run, after its last save, and returns its Preset."""
         self._end(status)
-        self.preset.log(self.output_dir, 'train_overall.txt')
         print('Run {0.timestamp} is {0.status}: best validation accuracy {0.val_accuracy:.4f} at step '
-              '{0.early_stopping_epoch:,}; {0.training_time:.1f} minutes. Test it with:\n'
-              '  python resnet_eval.py --timestamp {0.timestamp}'.format(self.preset))
+              '{0.early_stopping_epoch:,}; {0.training_time:.1f} minutes. {1} it with:\n'
+              '  python {2} {0.timestamp}'.format(self.preset, *(
+                  ('Test', 'resnet_eval.py --timestamp') if status == 'complete' else
+                  ('Go on with', 'resnet_train.py --resume'))))
         return self.preset
 
     def _end(self, status):
@@ -231,10 +306,13 @@ class Run:
         if status != 'interrupted':
             self._write_record(summary.session_end_pb(
                 api_pb2.STATUS_SUCCESS if status == 'complete' else api_pb2.STATUS_FAILURE))
-        for writer in self.writers.values():
-            writer.close()
-        self.preset.status = status
-        self.preset.save(self.output_dir)
+        with self._writing():
+            for writer in self.writers.values():
+                writer.close()
+            self.preset.status = status
+            if status != 'diverged':
+                self.preset.log(self.output_dir, 'train_overall.txt', replace=True)
+            self.preset.save(self.output_dir)
 
     def _describe_hparams(self):
         """The records that TensorBoard's HParams tab lists, sorts and compares runs by."""
@@ -246,15 +324,50 @@ class Run:
         self._write_record(api.hparams_pb(values, trial_id=self.preset.title, start_time_secs=self.preset.timestamp))
 
     def _write_record(self, record):
-        self.writers[''].add_summary(record.SerializeToString())  # TensorBoard's class is not TensorFlow's
+        from resnet import tf
+        self._write('', 0, summary=tf.Summary.FromString(record.SerializeToString()))  # TensorBoard's own class
 
     def _images_per_second(self):
         return self.trained_images / self.training_seconds if self.training_seconds else 0.0
 
-    def _summarize(self, writer, step, **values):
+    def _summarize(self, name, step, **values):
         from resnet import tf
-        self.writers[writer].add_summary(tf.Summary(value=[
-            tf.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]), step)
+        self._write(name, step, summary=tf.Summary(value=[
+            tf.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]))
+
+    def _write(self, name, step, **content):
+        from resnet import tf
+        with self._writing():
+            self.writers[name].write(tf.Event(wall_time=time.time(), step=step, **content).SerializeToString())
+
+    def _flush(self):
+        for writer in self.writers.values():
+            writer.flush()
+
+
+def _open_events(folder, last_step):
+    """A new event file in `folder`, open, in place of the older ones, with what they hold up to last_step."""
+    from resnet import tf
+    old = sorted(glob.glob(os.path.join(glob.escape(folder), '*.tfevents.*')))
+    events = collections.OrderedDict()  # a killed start may have left an event in two files
+    for path in old:
+        try:
+            for event in tf.train.summary_iterator(path):
+                if event.step <= last_step and not event.file_version:
+                    events[event.SerializeToString()] = None
+        except tf.errors.DataLossError:  # the last one was being written
+            pass
+    os.makedirs(folder, exist_ok=True)
+    second = int(time.time())
+    while any('.tfevents.{}.'.format(second) in path for path in old):
+        second += 1
+    writer = tf.io.TFRecordWriter(os.path.join(folder, 'events.out.tfevents.{}.{}'.format(second, platform.node())))
+    for event in [tf.Event(wall_time=second, file_version='brain.Event:2').SerializeToString()] + list(events):
+        writer.write(event)
+    writer.flush()
+    for path in old:
+        os.unlink(path)
+    return writer
 
 
 def evaluate(net, session, images, labels):
@@ -274,9 +387,9 @@ def evaluate(net, session, images, labels):
     return float(sum(losses)) / len(images), np.concatenate(predictions)
 
 
-def checkpoint_path(run_dir, step):
+def checkpoint_path(run_dir, step, kind=BEST_OR_LATEST):
     """Prefix of a checkpoint's files."""
-    return os.path.join(run_dir, 'checkpoints', 'model-{}'.format(step))
+    return os.path.join(run_dir, 'checkpoints', '{}-{}'.format(kind, step))
 
 
 def checkpoint_steps(run_dir):
@@ -292,6 +405,11 @@ def _refreshing_batches(images):
     for i in range(0, len(images), REFRESH_BATCH):
         progress('averaged the statistics of {:,} of {:,} images', i, len(images))
         yield data_helpers.scale(images[i:i + REFRESH_BATCH])
+
+
+def reason(error):
+    """What an error of TensorFlow says, without where in the graph."""
+    return str(error).split('\n\t [[')[0].strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -337,25 +455,55 @@ def main(arguments=None):
         number, name, make_preset(number).model, make_preset(number).num_epochs, purpose)
                         for number, (name, purpose) in NAMES.items())
     parser = ArgumentParser(description=__doc__, epilog='presets, by number or name:\n' + presets)
-    parser.add_argument('--preset', default=0, metavar='N', help='what to train, see below (default: 0)')
-    parser.add_argument('--seeds', nargs='+', metavar='SEED', help='a run for each of these seeds; a single number says '
-                        'how many: --seeds 3 is --seeds 0 1 2')
+    parser.add_argument('--preset', metavar='N', help='what to train, see below (default: 0)')
+    parser.add_argument('--resume', nargs='?', const=NEWEST, metavar='TIMESTAMP', help='go on with this run where its '
+                        'last save left it; alone: with the newest unfinished one')
+    parser.add_argument('--seeds', nargs='+', metavar='SEED', help='a run for each of these seeds; a single number '
+                        'says how many: --seeds 3 is --seeds 0 1 2')
     group = parser.add_argument_group('hyperparameters, in place of the preset\'s')
     for name, field in HYPERPARAMETERS.items():
         group.add_argument('--' + name, metavar=field.type.__name__.upper(), help=field.help)
     flags = vars(parser.parse_args(arguments))
     overrides = {name: flags[name] for name in HYPERPARAMETERS if flags[name] is not None}
-    presets = [make_preset(flags['preset'], **overrides)]
-    if flags['seeds']:
-        if flags['seed'] is not None:
-            raise InputError('--seed and --seeds exclude each other')
-        seeds = flags['seeds']
-        if len(seeds) == 1:
-            seeds = range(HOW_MANY.check('--seeds', seeds[0]))
-        presets = [make_preset(flags['preset'], **dict(overrides, seed=seed)) for seed in seeds]
-    for preset in presets:
+    if flags['resume'] is not None:
+        if flags['seeds']:
+            raise InputError('--seeds starts runs of its own, --resume goes on with one')
+        preset = unfinished(flags['output_dir'], None if flags['resume'] == NEWEST else flags['resume'])
+        if flags['preset'] is not None:
+            overrides['preset'] = make_preset(flags['preset']).preset
+        for name, value in overrides.items():
+            if FIELDS[name].check(name, value) != getattr(preset, name):
+                raise InputError('run {} was started with {} {}, and goes on with it; leave out --{}'.format(
+                    preset.timestamp, name, getattr(preset, name), name))
+        train(preset, flags['data_dir'], flags['output_dir'], resume=True)
+        return
+
+    number, seeds = flags['preset'] or 0, flags['seeds'] or [overrides.pop('seed', 0)]
+    if flags['seeds'] and flags['seed'] is not None:
+        raise InputError('--seed and --seeds exclude each other')
+    if flags['seeds'] and len(seeds) == 1:
+        seeds = range(HOW_MANY.check('--seeds', seeds[0]))
+    for preset in [make_preset(number, seed=seed, **overrides) for seed in seeds]:
         if train(preset, flags['data_dir'], flags['output_dir']).status != 'complete':
             break  # Ctrl-C is meant for all of them
+
+
+def unfinished(output_dir, timestamp=None):
+    """The run with this timestamp, or the newest that is unfinished and in no other hands. Raises InputError."""
+    if timestamp is not None:
+        preset = load_preset(output_dir, timestamp)
+        if preset.status not in UNFINISHED:
+            raise InputError('run {0.timestamp} cannot go on: it is {1}'.format(
+                preset, 'diverged; train it anew with a lower --lr' if preset.status == 'diverged' else 'complete'))
+        return preset
+    for preset in reversed(load_presets(output_dir)):
+        if preset.status in UNFINISHED:
+            try:
+                with locked(preset, output_dir):
+                    return preset
+            except InputError:  # in training
+                continue
+    raise InputError('there is no unfinished run in {} that could go on'.format(output_dir))
 
 
 if __name__ == '__main__':

@@ -41,7 +41,7 @@ TORCH_BATCH = 500    # images, of an evaluation
 
 def ours(preset, images, labels):
     """The scripts' own loop, evaluation and input."""
-    from resnet import ResNet, tf
+    from resnet import ResNet
     from resnet_train import Run, evaluate, make_session
     output_dir = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, output_dir, ignore_errors=True)
@@ -49,7 +49,6 @@ def ours(preset, images, labels):
     start_run(preset, output_dir)
     net = ResNet(preset)
     session = make_session(preset)
-    session.run(tf.global_variables_initializer())
     run = Run(preset, net, session, output_dir, len(images))
     session.graph.finalize()
     batches = run.batches(images, labels)

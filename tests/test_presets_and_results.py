@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from presets_and_results import (COLUMNS, NAMES, PRESETS, InputError, Preset, check_output_dir, load_preset, load_presets,
-                                 make_preset, read_preset, start_run, write_atomically)
+from presets_and_results import (COLUMNS, NAMES, PRESETS, InputError, Preset, check_output_dir, load_preset,
+                                 load_presets, make_preset, read_preset, start_run, write_atomically)
 
 TABLE = {  # the study's
     1: ('ResNet32', 0.1, 1, 0.001, 0.1, 5),

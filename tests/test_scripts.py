@@ -16,7 +16,8 @@ import data_helpers
 import numpy_resnet
 import resnet_train
 import sample
-from presets_and_results import COLUMNS, load_preset, load_presets, make_preset
+from presets_and_results import (COLUMNS, InputError, check_output_dir, load_preset, load_presets, make_preset,
+                                 start_run)
 from resnet import tf
 from resnet_train import checkpoint_path, checkpoint_steps, learning_rate, train
 from sample import TINY, run_script
@@ -120,7 +121,7 @@ def test_the_same_seed_gives_the_same_run(trained, tmp_path):
 
 @pytest.mark.parametrize('flag, message', [
     ('--mixed_precision', 'mixed_precision needs a GPU of compute capability 7 or more, or a processor with'),
-    ('--xla', 'xla is for GPUs, and TensorFlow sees none here')])
+    ('--xla', 'xla is for GPUs, and TensorFlow sees none; it would slow')])
 def test_what_the_hardware_cannot_is_refused(flag, message, tmp_path):
     status, out, err = run_script('resnet_train.py', *TINY, flag, 'true', '--output_dir', tmp_path,
                                   prepare='import resnet; resnet.half_precision = lambda: None; '
@@ -192,6 +193,60 @@ def test_ctrl_c_ends_cleanly(number, tmp_path):
     assert preset.status == 'interrupted' and preset.steps >= 10
     assert checkpoint_steps(preset.run_dir(str(tmp_path)))[-1] == preset.steps
     assert len((tmp_path / 'INFOS' / 'train_overall.txt').read_text().splitlines()) == 2
+
+    # It can go on, and ends again.
+    process = run_script('resnet_train.py', '--resume', '--output_dir', tmp_path, popen=True)
+    for line in iter(process.stdout.readline, ''):
+        if line.startswith('validation'):
+            break
+    status, _, err = run_script('resnet_train.py', '--resume', preset.timestamp, '--output_dir', tmp_path)
+    assert status == 2 and 'is in the hands of another process' in err
+    status, _, err = run_script('resnet_eval.py', '--output_dir', tmp_path)
+    assert status == 2 and 'is in the hands of another process' in err
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == ''
+    assert 'python resnet_train.py --resume {}'.format(preset.timestamp) in out
+    assert load_preset(str(tmp_path)).steps > preset.steps
+    header, line = (tmp_path / 'INFOS' / 'train_overall.txt').read_text().splitlines()
+    assert dict(zip(header.split('\t'), line.split('\t')))['steps'] == str(load_preset(str(tmp_path)).steps)
+
+
+def test_a_resumed_run_keeps_its_own_values(tmp_path):
+    preset = make_preset(3, lr=0.05, status='interrupted', steps=7)
+    check_output_dir(str(tmp_path))
+    start_run(preset, str(tmp_path))
+    preset.save(str(tmp_path))
+    for flags, message in ((['--lr', 0.1], 'was started with lr 0.05, and goes on with it; leave out --lr'),
+                           (['--preset', 4], 'was started with preset 3'), (['--seeds', 2], '--seeds starts runs of'),
+                           (['--lr', '5e-2', '--preset', 'study3'], 'cannot go on: ')):
+        status, _, err = run_script('resnet_train.py', '--resume', *flags, '--output_dir', tmp_path,
+                                    tensorflow='cannot go on' in message)
+        assert status == 2 and message in err and len(err.splitlines()) == 1, err
+    assert 'model-7 is missing or damaged' in err
+    for status, message in (('complete', 'it is complete'), ('diverged', 'train it anew with a lower --lr')):
+        preset.update(dict(status=status))
+        preset.save(str(tmp_path))
+        _, _, err = run_script('resnet_train.py', '--resume', preset.timestamp, '--output_dir', tmp_path,
+                               tensorflow=False)
+        assert message in err, err
+    _, _, err = run_script('resnet_train.py', '--resume', '--output_dir', tmp_path, tensorflow=False)
+    assert 'there is no unfinished run in' in err, err
+
+
+def test_a_batch_too_large_for_the_memory_is_named(cifar10, monkeypatch, tmp_path):
+    def small(preset, made=resnet_train.make_session):
+        session = made(preset)
+
+        def exhausted(fetches, *feed, run=session.run):
+            if isinstance(fetches, list):  # a training step's
+                raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
+            return run(fetches, *feed)
+        session.run = exhausted
+        return session
+    monkeypatch.setattr(resnet_train, 'make_session', small)
+    with pytest.raises(InputError, match='batches of 90 are too large .* smaller --batch_size .OOM when'):
+        train_here(tmp_path)
 
 
 # ------------------------------------------------------------------------------ testing
