@@ -659,7 +659,8 @@ def print_table(presets, judged):
         bounds = test_interval(preset, judged)
         steps = preset.steps or preset.early_stopping_epoch
         rows.append((
-            str(number), str(preset.timestamp), str(preset.preset), preset.model, '{:g}'.format(preset.lr_decay),
+            str(number), str(preset.timestamp), str(preset.preset), preset.model,
+            '{:g}'.format(preset.lr_decay) if preset.schedule == 'step' else preset.schedule,
             '' if preset.status is None else str(preset.seed), '' if steps is None else '{:,}'.format(steps),
             percent(preset.val_accuracy), percent(preset.test_accuracy),
             '{:.2%} to {:.2%}'.format(*bounds) if bounds else '',
@@ -1051,10 +1052,10 @@ def _stages(graph):
 
     scopes = collections.OrderedDict()
     for node in graph.node:
-        # Operations are those of the training form, for the inference form is folded; variables belong to both.
+        # Operations are those of the training form, for the inference form is folded; shapes are those of the
+        # inference form, for a training may begin at low resolution; variables belong to both.
         name = node.name[len('training/'):] if node.name.startswith('training/') else node.name
-        if name == node.name and node.op != 'VariableV2':
-            continue
+        training = name != node.name
         scope, _, inside = name.partition('/')
         if scope not in ('init', 'logit') and not scope.startswith('unit_'):
             continue
@@ -1062,6 +1063,9 @@ def _stages(graph):
         leaf = inside.rpartition('/')[2]
         if node.op == 'VariableV2' and leaf in ('DW', 'beta', 'gamma', 'biases'):
             parameters.append(int(np.prod([dim.size for dim in node.attr['shape'].shape.dim])))
+        elif not training:
+            if node.op in ('Conv2D', 'AddV2', 'Add', 'BiasAdd') and node.attr['_output_shapes'].list.shape:
+                shapes.append([dim.size for dim in node.attr['_output_shapes'].list.shape[0].dim][1:])
         elif node.op == 'Conv2D':
             operations.append('conv {}x{}\n{} to {}'.format(*kernel_of(node)) + (
                 '\nstride 2' if node.attr['strides'].list.i[1] == 2 else ''))
@@ -1073,8 +1077,6 @@ def _stages(graph):
             operations += ['mean over\nh, w', 'dense\n{} to {}'.format(*kernel_of(node))]
         elif node.op == 'AvgPool':
             operations.append('pool')
-        if node.op in ('Conv2D', 'AddV2', 'Add', 'BiasAdd') and node.attr['_output_shapes'].list.shape:
-            shapes.append([dim.size for dim in node.attr['_output_shapes'].list.shape[0].dim][1:])
     stages = []
     groups = [('stem', ['init'])] + [('group {}'.format(group), [
         name for name in scopes if name.startswith('unit_{}_'.format(group))]) for group in (1, 2, 3)]

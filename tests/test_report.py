@@ -128,7 +128,7 @@ def test_the_workbook(reported):
     groups = {cell.value: header[cell.column - 1] for cell in runs[1] if cell.value}
     assert groups == {'setCustomParameters': 'preset', 'setModelParameters': 'lr',
                       'setTrainingParameters': 'batch_size', 'setMiscParameters': 'allow_soft_placement',
-                      'results': 'timestamp'}
+                      'results': 'timestamp', 'setRecipeParameters': 'schedule'}
     assert runs.freeze_panes == 'C3' and runs.max_row == 5
     best, tiny, other = [dict(zip(header, row)) for row in runs.iter_rows(min_row=3)]
     assert (best['remark'].value, best['#'].value) == ('best', 1) and best['preset'].font.bold
