@@ -130,6 +130,14 @@ def test_what_the_hardware_cannot_is_refused(flag, message, tmp_path):
     assert os.listdir(str(tmp_path / 'runs')) == []
 
 
+@pytest.mark.parametrize('name', ['fast', 'standard', 'paper20', 'paper32', 'paper56', 'paper110', 'best20', 'best56'])
+def test_the_first_steps_of_the_long_presets(name, cifar10, tmp_path):
+    preset = train(make_preset(name, batch_size=20, max_steps=2), sample.SAMPLE_DIR, str(tmp_path))
+    assert preset.status == 'complete' and preset.early_stopping_epoch == 2
+    curve = points(preset.run_dir(str(tmp_path)), 'dev')
+    assert curve['loss'][2] > 0 and curve['accuracy'][2] == pytest.approx(preset.val_accuracy)
+
+
 def test_a_run_for_each_of_several_seeds(tmp_path):
     for flags, seeds in ((['2'], [0, 1]), (['7', '5'], [7, 5])):
         output_dir = str(tmp_path / flags[0])
