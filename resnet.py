@@ -18,8 +18,6 @@ import zlib
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')   # TensorFlow's own noise, fatal errors apart
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # off by default where there is only AVX2: twice the time
-os.environ.setdefault('TF_DETERMINISTIC_OPS', '1')   # on a GPU: the same seed, the same result (TensorFlow 2)
-os.environ.setdefault('TF_CUDNN_DETERMINISTIC', '1')  # (1.15)
 
 
 @contextlib.contextmanager
@@ -60,6 +58,9 @@ def _kernels():
 
 
 KERNELS = _kernels()
+if KERNELS == 'GPU':  # the same seed, the same result, which processors give anyway; read when kernels are chosen
+    os.environ.setdefault('TF_DETERMINISTIC_OPS', '1')    # by TensorFlow 2
+    os.environ.setdefault('TF_CUDNN_DETERMINISTIC', '1')  # by 1.15
 FILTERS = (16, 16, 32, 64)  # first convolution, then the three groups
 KERNEL = 3                  # height and width of every convolution
 BN_EPSILON = 0.001

@@ -65,7 +65,7 @@ def test_in_a_browser(runs):
         board.send_signal(signal.SIGINT)
         out, err = board.communicate(timeout=30)
     assert sum(len(re.findall('[ML]', curve)) == 3 for curve in curves) >= 2  # validated at steps 2, 4 and 6
-    assert set(titles) | {'lr', 'dev best_accuracy', 'dev loss'} <= set(cells)
+    assert set(titles) | {'batch_size', 'l2_reg_lambda', 'dev best_accuracy', 'dev loss'} <= set(cells)
     shown = [float(cell) for cell in cells if re.match(r'\d*\.\d+$', cell)]
     for preset in load_presets(output_dir)[-2:]:
         assert any(abs(number - preset.val_accuracy) < 1e-4 for number in shown)
