@@ -37,12 +37,13 @@ TORCH_BATCH = 500    # images, of an evaluation
 
 
 # ------------------------------------------------------------------------------ programs
-# A program is a function of a preset and random data; it returns {measurement: function of a number of images}.
+# A program is a function of a preset and random data; it returns {measurement: function of a number of images, or of
+# saves}.
 
 def ours(preset, images, labels):
     """The scripts' own loop, evaluation and input."""
     from resnet import ResNet
-    from resnet_train import Run, evaluate, make_session
+    from resnet_train import TO_RESUME, Run, evaluate, make_session
     output_dir = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, output_dir, ignore_errors=True)
     check_output_dir(output_dir)
@@ -68,7 +69,11 @@ def ours(preset, images, labels):
         for _ in range(-(-n // preset.batch_size)):
             next(source)
 
-    return dict(training=train, training_without_input=train_without_input, input=prepare,
+    def save(n):
+        for _ in range(n):
+            run.save(next(steps), TO_RESUME)
+
+    return dict(training=train, training_without_input=train_without_input, input=prepare, saves=save,
                 evaluation=lambda n: evaluate(net, session, images[:n], labels[:n]))
 
 
@@ -248,7 +253,7 @@ class Program:
         self.measurements = ready.get('measurements', ())
 
     def measure(self, name, n):
-        """Images per second over n images."""
+        """Images per second over n images, or saves over n saves."""
         self.process.stdin.write('{} {}\n'.format(name, n))
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
@@ -309,11 +314,12 @@ def main():
             say('{} is left out: {}'.format(name, program.error))
         else:
             programs[name] = program
-    turns = [(name, measurement) for measurement in ('training', 'training_without_input', 'evaluation', 'input')
+    turns = [(name, measurement) for measurement in ('training', 'training_without_input', 'evaluation', 'input',
+                                                        'saves')
              for name in programs if measurement in programs[name].measurements]
     counts, rates = {}, {turn: [] for turn in turns}
     for name, measurement in turns:  # warm up, and learn how long a turn is
-        part = EVALUATED if measurement == 'evaluation' else preset.batch_size
+        part = dict(evaluation=EVALUATED, saves=1).get(measurement, preset.batch_size)
         for parts in (1, 4):
             rate = programs[name].measure(measurement, parts * part)
         counts[name, measurement] = min(IMAGES // part, max(1, int(rate * flags.seconds / part))) * part
@@ -323,10 +329,10 @@ def main():
             rates[name, measurement].append(programs[name].measure(measurement, counts[name, measurement]))
 
     result = dict(preset=preset.preset, model=preset.model, batch_size=preset.batch_size, rounds=flags.rounds,
-                  matrix_product_gflops=gflops, training_mflop_per_image=training_flop(preset) / 1e6, programs={})
+                  checkpoint_minutes=preset.checkpoint_minutes, matrix_product_gflops=gflops, training_mflop_per_image=training_flop(preset) / 1e6, programs={})
     for name, program in programs.items():
         figures = {measurement + '_images_per_second': median(rates[name, measurement])
-                   for measurement in program.measurements}
+                   for measurement in program.measurements if measurement != 'saves'}
         figures['share_of_matrix_product_rate'] = (
             figures['training_images_per_second'] * training_flop(preset) / 1e9 / gflops)
         figures['peak_memory_mb'] = program.memory / 1e6
@@ -337,6 +343,8 @@ def main():
         result['programs'][name] = figures
     result['input_share_of_a_step'] = 1 - median(
         np.array(rates['ours', 'training']) / rates['ours', 'training_without_input'])
+    seconds = 1 / median(rates['ours', 'saves'])
+    result['saving_share_of_the_time'] = seconds / (seconds + 60 * preset.checkpoint_minutes)
     if flags.json:
         print(json.dumps(result, indent=1))
     else:
@@ -355,6 +363,8 @@ def print_table(result):
             figures['share_of_matrix_product_rate'], figures['peak_memory_mb'], figures['seconds_to_first_step']))
     print('input alone {:,.0f} images/s; it costs {:.1%} of a step'.format(
         result['programs']['ours']['input_images_per_second'], result['input_share_of_a_step']))
+    print('what --resume goes on from, saved every {:g} minutes, costs {:.2%} of the time'.format(
+        result['checkpoint_minutes'], result['saving_share_of_the_time']))
 
 
 if __name__ == '__main__':

@@ -21,10 +21,10 @@ def digests():
     return {name: hashlib.sha256(content(name)).hexdigest() for name in data_helpers.SHA256}
 
 
-def run_script(script, *flags, tensorflow=True, popen=False, prepare='', **environment):
+def run_script(script, *flags, tensorflow=True, popen=False, prepare='', timeout=300, **environment):
     """Runs a script as a user would, but with the sample's digests in place of the whole data set's.
 
-    With tensorflow=False any import of TensorFlow fails: the script has to answer without it.
+    With tensorflow=False any import of TensorFlow fails: the script has to answer without it. timeout is in seconds.
     """
     code = ('import sys, runpy; sys.path[:0] = [{tests!r}, {project!r}]; import sample, data_helpers; '
             'data_helpers.SHA256 = sample.digests(); {block}{prepare}'
@@ -37,5 +37,5 @@ def run_script(script, *flags, tensorflow=True, popen=False, prepare='', **envir
                                env=dict(os.environ, CIFAR10_DIR=SAMPLE_DIR, **environment))
     if popen:
         return process
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
