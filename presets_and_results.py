@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import pickle
+import pickletools
 import re
 import statistics
 import sys
@@ -35,12 +36,15 @@ PROJECT_DIR = os.path.dirname(os.path.abspath(__file__))
 PRESET_PICKLE = 'presets_and_results.Preset'
 NUMPY_SCALARS = ('numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar', 'numpy.dtype')
 LARGEST_PRESET_PICKLE = 1 << 20  # bytes; a real one has about one thousand
+MOST_OPCODES = 100000            # of a pickle; CIFAR-10's name 10,000 labels and files each
+MOST_TUPLES = 1000               # of a pickle; one within another, C code that descends into many more would crash
 LONGEST_TEXT = 200               # characters of an attribute
 NO_RUNS = 'there are no runs in {}; make one with: python resnet_train.py --preset 0'
 NEWEST = 'the newest'            # in place of a timestamp
 LOCK = '.lock'                   # of a run's folder, and of INFOS/
 PATIENCE = 60                    # seconds that others may hold INFOS/, for what takes milliseconds
 PREDICTIONS = 'test_predictions.csv'  # in runs/<timestamp>/
+PASSED_ON = 4                    # nodes at most between a variable and the product that takes it
 LARGEST_PREDICTIONS = 1 << 20    # characters; 10,000 images take 40,000
 
 
@@ -157,13 +161,13 @@ class Preset:
         with filelock.FileLock(os.path.join(output_dir, 'INFOS', LOCK), timeout=PATIENCE):
             lines = []
             if os.path.exists(path):
-                with open(path, encoding='utf-8') as file:
+                with open(path, encoding='utf-8', errors='surrogateescape') as file:  # what others wrote stays as it is
                     lines = [line for line in file.read().split('\n')[1:] if line]
             if replace:
                 lines = [line for line in lines if str(self.timestamp) != (
                     line.split('\t') + [''] * len(COLUMNS))[COLUMNS.index('timestamp')]]
             lines.append('\t'.join(_as_text(getattr(self, column)) for column in COLUMNS))
-            write_atomically(path, '\n'.join(['\t'.join(COLUMNS)] + lines + ['']).encode())
+            write_atomically(path, '\n'.join(['\t'.join(COLUMNS)] + lines + ['']).encode('utf-8', 'surrogateescape'))
 
 
 COLUMNS = tuple(name for name, value in vars(Preset).items()
@@ -293,10 +297,18 @@ NAMES = {  # of presets, and what they are for
 
 
 def make_preset(number, **overrides):
-    """Preset `number` of PRESETS, or by its name, with `overrides`. Raises InputError, naming what there is."""
+    """Preset `number` of PRESETS, or by its name, with `overrides`.
+
+    Raises InputError where there is none, naming what there is, or where the recipe makes no sense.
+    """
     for known in PRESETS:
         if str(number) in (str(known), NAMES[known][0]):
-            return Preset(preset=known, **dict(PRESETS[known], **overrides))
+            preset = Preset(preset=known, **dict(PRESETS[known], **overrides))
+            for name in ('warmup_epochs', 'low_resolution_epochs'):
+                if getattr(preset, name) >= preset.num_epochs:
+                    raise InputError('{} is {:g}, which leaves none of num_epochs {} for the rest of the recipe; give '
+                                     '--{} too, smaller'.format(name, getattr(preset, name), preset.num_epochs, name))
+            return preset
     raise InputError('there is no preset {}; choose one of {}'.format(
         number, ', '.join('{} ({})'.format(known, NAMES[known][0]) for known in PRESETS)))
 
@@ -305,6 +317,7 @@ def start_run(preset, output_dir):
     """Gives the run its timestamp and its folder, and returns the folder; check_output_dir comes before.
 
     Creating the folder reserves the timestamp, so two runs of the same second get two of them.
+    Raises InputError where it cannot be made.
     """
     preset.timestamp = int(time.time())
     while True:
@@ -313,6 +326,8 @@ def start_run(preset, output_dir):
             return preset.run_dir(output_dir)
         except FileExistsError:
             preset.timestamp += 1
+        except OSError as error:
+            raise InputError('a run cannot be started ({})'.format(error))
 
 
 def check_output_dir(output_dir):
@@ -378,7 +393,7 @@ def read_pickle(content, admitted, encoding='ASCII'):
 
     The names (module.name) must be among `admitted`. Raises InputError that says which is not,
     or what else is wrong. The interpreter's unpickler in Python is used, because the one in C
-    lets a few bytes claim gigabytes for its memo.
+    lets a few bytes claim gigabytes for its memo, and what is read is bounded before it is built.
     """
     class Reader(pickle._Unpickler):
         def find_class(self, module, name):
@@ -387,6 +402,9 @@ def read_pickle(content, admitted, encoding='ASCII'):
             return type(module + '.' + name, (Inert,), {})
 
     try:
+        names = [opcode.name for opcode, _, _ in itertools.islice(pickletools.genops(content), MOST_OPCODES)]
+        if len(names) == MOST_OPCODES or sum(name.startswith('TUPLE') for name in names) > MOST_TUPLES:
+            raise InputError('it has more parts than any file of results')
         return Reader(io.BytesIO(content), encoding=encoding).load()
     except InputError:
         raise
@@ -413,7 +431,7 @@ def read_preset(path):
             preset.model = values['model']
         return preset
     except (InputError, OSError) as error:
-        raise InputError('{} is refused: {}'.format(path, error))
+        raise InputError('{} is refused: {}'.format(path, printable(str(error))))
 
 
 def _plain(name, value):
@@ -429,6 +447,8 @@ def _plain(name, value):
             return numpy.frombuffer(data, order + kind, count=1)[0].item()
         except Exception:
             raise InputError('{} is no number'.format(name))
+    if type(value) is int and abs(value) >> 63:
+        raise InputError('{} is too large a number'.format(name))
     if value is None or type(value) in (bool, int, float):
         return value
     if type(value) is str:  # shown in consoles, workbooks and pictures
@@ -445,12 +465,11 @@ def load_presets(output_dir):
             try:
                 presets.append(read_preset(os.path.join(folder, name)))
             except InputError as error:
-                print('warning: {}'.format(error), file=sys.stderr)
+                warn(error)
     presets.sort(key=lambda preset: preset.timestamp)
     for one, other in zip(presets, presets[1:]):
         if one.timestamp == other.timestamp:
-            print('warning: there are two records of run {} in {}; one is left out'.format(one.timestamp, folder),
-                  file=sys.stderr)
+            warn('there are two records of run {} in {}; one is left out'.format(one.timestamp, folder))
     return list({preset.timestamp: preset for preset in presets}.values())
 
 
@@ -466,6 +485,11 @@ def load_preset(output_dir, timestamp=None):
             return preset
     raise InputError('there is no run {}; known: {}'.format(
         timestamp, ', '.join(str(preset.timestamp) for preset in presets)))
+
+
+def warn(problem):
+    """A line on stderr about what is left out."""
+    print('warning: {}'.format(printable(str(problem))), file=sys.stderr)
 
 
 def printable(text):
@@ -605,7 +629,7 @@ def load_predictions(presets, output_dir):
                 raise ValueError('they name classes that there are not')
             judged[preset.timestamp] = labels, predictions
         except (OSError, ValueError, OverflowError) as error:
-            print('warning: {} is left out: {}'.format(path, error), file=sys.stderr)
+            warn('{} is left out: {}'.format(path, error))
     return judged
 
 
@@ -633,7 +657,7 @@ def read_events(run_dir, name):
     try:
         return events.Reload()
     except Exception as error:  # a damaged file can raise anything
-        print('warning: {} is left out: {}'.format(folder, error), file=sys.stderr)
+        warn('{} is left out: {}'.format(folder, error))
         return None
 
 
@@ -1033,7 +1057,7 @@ def read_network(preset, output_dir):
         return None
     try:
         stages = _stages(events.Graph())
-    except (KeyError, IndexError):  # the graph of another program
+    except Exception:  # the graph of another program, or a damaged one, which can raise anything
         return None
     return stages if all(len(stage.operations) >= 6 for stage in stages if stage.units) else None
 
@@ -1046,8 +1070,9 @@ def _stages(graph):
     def kernel_of(node):
         """The shape of the variable that a product takes, perhaps by way of identities and casts."""
         source = nodes[node.input[1]]
-        while source.op in ('Identity', 'Cast'):
-            source = nodes[source.input[0]]
+        for _ in range(PASSED_ON):
+            if source.op in ('Identity', 'Cast'):
+                source = nodes[source.input[0]]
         return [dim.size for dim in source.attr['shape'].shape.dim]
 
     scopes = collections.OrderedDict()
@@ -1225,7 +1250,7 @@ def exit_on_input_error(main):
         try:
             return main(*args)
         except InputError as error:
-            print('{}: error: {}'.format(os.path.basename(sys.argv[0]), error), file=sys.stderr)
+            print('{}: error: {}'.format(os.path.basename(sys.argv[0]), printable(str(error))), file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print('\nBroken off.', file=sys.stderr)

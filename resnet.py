@@ -105,6 +105,7 @@ class ResNet:
     learning_rate    float32 [], placeholder
     global_step      int64 [], variable: training steps done
     train_step       one step of SGD with (Nesterov) momentum, which also moves the statistics
+    finite           bool [], no variable holds an infinity or what is no number
     refresh_statistics(session, batches)
     """
 
@@ -141,6 +142,8 @@ class ResNet:
                 gradients = optimizer.compute_gradients(self.training_loss)
             with tf.control_dependencies(self._moves):
                 self.train_step = optimizer.apply_gradients(gradients, self.global_step)
+            self.finite = tf.reduce_all([tf.reduce_all(tf.is_finite(variable)) for variable in tf.global_variables()
+                                         if variable.dtype.base_dtype == tf.float32])
 
     def refresh_statistics(self, session, batches):
         """Sets the moving statistics to their plain average over `batches` of images, at the weights as they are.

@@ -20,7 +20,7 @@ import data_helpers
 from presets_and_results import (NEWEST, ArgumentParser, InputError, ProgressLine, check_output_dir, confusion_matrix,
                                  exit_on_input_error, load_preset, load_presets, locked, new_figure, printable,
                                  read_preset, save_predictions, write_picture)
-from resnet_train import checkpoint_path, checkpoint_steps, evaluate, make_session, reason
+from resnet_train import UNFINISHED, checkpoint_path, checkpoint_steps, evaluate, make_session, reason
 
 PREVIEW = 280  # pixels, of a person's image on the contact sheet
 SHEET = 300    # images at most on the contact sheet
@@ -33,8 +33,10 @@ def best_checkpoint(preset, output_dir):
     run_dir = preset.run_dir(output_dir)
     steps = checkpoint_steps(run_dir)
     if not steps:
-        raise InputError('run {} has no checkpoint in {}'.format(
-            preset.timestamp, os.path.join(run_dir, 'checkpoints')))
+        raise InputError('run {0.timestamp} has no checkpoint in {1}; {2}'.format(
+            preset, os.path.join(run_dir, 'checkpoints'),
+            ('go on with it: python resnet_train.py --resume {0.timestamp}' if preset.status in UNFINISHED else
+             'bring it back, or train anew: python resnet_train.py --preset {0.preset}').format(preset)))
     if preset.early_stopping_epoch not in steps:
         print('run {}: its best checkpoint, step {}, is not there; taking the latest, step {}'.format(
             preset.timestamp, preset.early_stopping_epoch, steps[-1]))
@@ -235,7 +237,8 @@ def main(arguments=None):
     if flags.timestamp is not None or flags.images:
         presets = [load_preset(flags.output_dir, None if flags.timestamp == NEWEST else flags.timestamp)]
     else:
-        presets = [preset for preset in load_presets(flags.output_dir) if not preset.finished]
+        presets = [preset for preset in load_presets(flags.output_dir) if not preset.finished and not (
+            preset.status == 'diverged' and not checkpoint_steps(preset.run_dir(flags.output_dir)))]
         if not presets:
             newest = load_preset(flags.output_dir)  # says what to do where there is no run at all
             print('Every run is finished. To test the newest again: --timestamp {}'.format(newest.timestamp))

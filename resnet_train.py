@@ -10,6 +10,7 @@ it, --resume goes on as if nothing had: on a CPU, with the same TensorFlow, to t
 import collections
 import contextlib
 import glob
+import itertools
 import math
 import os
 import platform
@@ -118,23 +119,27 @@ def train(preset, data_dir, output_dir, resume=False):
             run.announce(data_dir, len(training[0]), len(validation[0]))
             session.graph.finalize()  # from here on nothing may add to it, which would slow every step
             steps = range(preset.steps + 1, run.last_step + 1)
-            for step, (x, y) in zip(steps, run.batches(*training)):
-                run.train_step(step, x, y)
-                ending = step == run.last_step or bool(stop)
-                validating = ending or step % preset.evaluate_every == 0
-                saving = ending or step % preset.checkpoint_every == 0
-                if ending and step < run.last_step:
-                    print('\nStopping: validating and saving; Ctrl-C again breaks it off.', flush=True)
-                if validating or saving:
-                    net.refresh_statistics(session, _refreshing_batches(training[0]))
-                if validating:
-                    saving |= run.validate(step, *validation)
-                if saving:
-                    run.save(step)
-                elif run.unsaved_seconds() > 60 * preset.checkpoint_minutes:
-                    run.save(step, TO_RESUME)
-                if ending:
-                    break
+            try:
+                for step, (x, y) in zip(steps, run.batches(*training)):
+                    run.train_step(step, x, y)
+                    ending = step == run.last_step or bool(stop)
+                    validating = ending or step % preset.evaluate_every == 0
+                    saving = ending or step % preset.checkpoint_every == 0
+                    if ending and step < run.last_step:
+                        print('\nStopping: validating and saving; Ctrl-C again breaks it off.', flush=True)
+                    if validating or saving:
+                        net.refresh_statistics(session, _refreshing_batches(training[0]))
+                    if validating:
+                        saving |= run.validate(step, *validation)
+                    if saving:
+                        run.save(step)
+                    elif run.unsaved_seconds() > 60 * preset.checkpoint_minutes:
+                        run.save(step, TO_RESUME)
+                    if ending:
+                        break
+            except tf.errors.ResourceExhaustedError as error:
+                raise InputError('batches of {} are too large for the memory: train with a smaller --batch_size '
+                                 '({})'.format(preset.batch_size, reason(error)))
             return run.finish('complete' if preset.steps == run.last_step else 'interrupted')
 
 
@@ -151,6 +156,9 @@ class Run:
         self.steps_per_epoch = data_helpers.steps_per_epoch(n_training, preset.batch_size)
         self.last_step = min(preset.num_epochs * self.steps_per_epoch, preset.max_steps or sys.maxsize)
         self.run_dir = preset.run_dir(output_dir)
+        if resume and (preset.steps or 0) >= self.last_step and preset.val_accuracy is None:
+            raise InputError('run {} cannot go on: by its record it is at its end, without a result'.format(
+                preset.timestamp))
         self.saver = tf.train.Saver(max_to_keep=None, save_relative_paths=True)
         preset.update(dict(status='training', device=_device(session), tensorflow_version=tf.__version__,
                            python_version=platform.python_version()))
@@ -163,34 +171,41 @@ class Run:
         self.first_step = preset.steps + 1
         self.trained_images = preset.steps * preset.batch_size if preset.images_per_second else 0
         self.training_seconds = self.trained_images / (preset.images_per_second or 1)
-        best = preset.early_stopping_epoch or 0
-        self.best_steps = [step for step in checkpoint_steps(self.run_dir) if step <= best]
+        path = None
         if preset.steps:
-            self._restore()
+            path = self._restore()
         else:
             session.run(tf.global_variables_initializer())
         with self._writing():
-            self._open_summaries()
             preset.save(output_dir)
+        with self._writing():  # where this fails there is a record to go on from
+            self._open_summaries()
+            if path:
+                self._remove_all_but(path)
         self.saved = time.time()
 
     def _restore(self):
-        """The variables as the last save left them."""
+        """Sets the variables as the last save left them, and returns the path of its checkpoint."""
         paths = [checkpoint_path(self.run_dir, self.preset.steps, kind) for kind in (BEST_OR_LATEST, TO_RESUME)]
         path = next((path for path in paths if os.path.exists(path + '.index')), paths[0])
         try:
             self.saver.restore(self.session, path)
+            return path
         except Exception as error:  # a damaged file can raise anything
-            raise InputError('run {} cannot go on: {} is missing or damaged ({})'.format(
-                self.preset.timestamp, path, reason(error)))
+            raise InputError('run {0.timestamp} cannot go on: {1} is missing or damaged ({2}); bring it back, or train '
+                             'anew with --preset {0.preset}'.format(self.preset, path, reason(error)))
 
     def _open_summaries(self):
         """Opens the event files; what they held beyond the last save is gone, for it will come again."""
         folder = os.path.join(self.run_dir, 'summaries')
-        self.writers = {'': _open_events(folder, -1)}
+        self.writers = {'': _open_events(folder, -1)[0]}
         self._describe_hparams()
-        for name in ('train', 'dev'):
-            self.writers[name] = _open_events(os.path.join(folder, name), self.preset.steps)
+        upto = self.preset.steps or -1  # the graph, at step 0, comes again
+        self.writers['train'], _ = _open_events(os.path.join(folder, 'train'), upto)
+        self.writers['dev'], events = _open_events(os.path.join(folder, 'dev'), upto)
+        self.best_steps = _best_steps(events)[-self.preset.num_checkpoints:]
+        if self.preset.early_stopping_epoch and not self.best_steps:  # the curves were removed
+            self.best_steps = [self.preset.early_stopping_epoch]
         if not self.preset.steps:
             self._write('train', 0, graph_def=self.session.graph.as_graph_def(add_shapes=True).SerializeToString())
         self._flush()
@@ -214,22 +229,13 @@ class Run:
 
     def train_step(self, step, x, y):
         """One step of SGD on a batch; a point of the curves and the progress line now and then."""
-        from resnet import tf
         rate = learning_rate(self.preset, step - 1, self.steps_per_epoch)
         began = time.time()
-        try:
-            _, loss, accuracy = self.session.run(
-                [self.net.train_step, self.net.training_loss, self.net.training_accuracy],
-                {self.net.training_X: x, self.net.Y: y, self.net.learning_rate: rate})
-        except tf.errors.ResourceExhaustedError as error:
-            raise InputError('batches of {} are too large for the memory: train with a smaller --batch_size '
-                             '({})'.format(self.preset.batch_size, reason(error)))
+        _, loss, accuracy = self.session.run(
+            [self.net.train_step, self.net.training_loss, self.net.training_accuracy],
+            {self.net.training_X: x, self.net.Y: y, self.net.learning_rate: rate})
         if not np.isfinite(loss):
-            self._end('diverged')
-            raise InputError('run {} diverged: the loss of step {:,} is {} at learning rate {:g}; '
-                             'its last good checkpoint: {}. Try a lower --lr'.format(
-                                 self.preset.timestamp, step, loss, rate,
-                                 'step {:,}'.format(self.preset.steps) if self.preset.steps else 'none'))
+            self._diverge(step, 'the loss is {}'.format(loss))
         if step > self.first_step:  # which also sets TensorFlow up
             self.training_seconds += time.time() - began
             self.trained_images += len(x)
@@ -244,6 +250,8 @@ class Run:
     def validate(self, step, images, labels):
         """Judges the weights on the validation images; a new best is saved and recorded."""
         loss, predictions = evaluate(self.net, self.session, images, labels)
+        if not np.isfinite(loss):
+            self._diverge(step, 'the validation loss is {}'.format(loss))
         accuracy = float((predictions == labels).mean())
         best = self.preset.val_accuracy is None or accuracy > self.preset.val_accuracy
         if best:
@@ -258,8 +266,11 @@ class Run:
         """Writes the checkpoint of `step`, then the record, then removes what is neither best nor latest.
 
         In this order, so that at any moment the record points to a checkpoint that is there, and to
-        summaries that hold all up to it. Raises InputError where they cannot be written.
+        summaries that hold all up to it. Raises InputError where they cannot be written, or where the
+        weights are not fit to be.
         """
+        if not self.session.run(self.net.finite):
+            self._diverge(step, 'there are weights that are no longer finite')
         path = checkpoint_path(self.run_dir, step, kind)
         with self._writing():
             self._flush()
@@ -268,24 +279,29 @@ class Run:
                                     images_per_second=self._images_per_second()))
             self.preset.save(self.output_dir)
         self.saved = time.time()
+        self._remove_all_but(path)
+
+    def _remove_all_but(self, path):
+        """Of the checkpoints, keeps the last bests and the one at `path`."""
         kept = {os.path.basename(checkpoint_path(self.run_dir, best)) for best in self.best_steps}
         kept.add(os.path.basename(path))
         files = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*-*.*'))
         for old in sorted(files, key=lambda file: not file.endswith('.index')):  # without its index it does not count
-            if os.path.basename(old).partition('.')[0] not in kept:
+            if os.path.basename(old).partition('.')[0] not in kept or '.tempstate' in old:  # of a killed saver
                 os.unlink(old)
 
     @contextlib.contextmanager
     def _writing(self):
         """Where something cannot be written, says what is safe."""
         from resnet import tf
-        held = self.preset.steps
+        recorded, held = os.path.exists(self.preset.pickle_path(self.output_dir)), self.preset.steps
         try:
             yield
         except (OSError, tf.errors.OpError, ValueError) as error:  # the saver raises ValueError where a folder is gone
-            raise InputError('run {0} cannot be written ({1}). What was saved of step {2:,} is whole; when there is '
-                             'room again, go on with: python resnet_train.py --resume {0}'.format(
-                                 self.preset.timestamp, reason(error), held))
+            raise InputError('run {0} cannot be written ({1}). {2}'.format(self.preset.timestamp, reason(error), (
+                'What was saved of step {1:,} is whole; when there is room again, go on with: python resnet_train.py '
+                '--resume {0}' if recorded else 'Nothing of it was saved; when there is room, start anew').format(
+                    self.preset.timestamp, held)))
 
     def unsaved_seconds(self):
         """What a kill would cost now."""
@@ -301,6 +317,14 @@ class Run:
                   ('Go on with', 'resnet_train.py --resume'))))
         return self.preset
 
+    def _diverge(self, step, what):
+        self._end('diverged')
+        raise InputError('run {} diverged: {} at step {:,}, learning rate {:g}; its last good checkpoint: {}. Try a '
+                         'lower --lr'.format(
+                             self.preset.timestamp, what, step,
+                             learning_rate(self.preset, step - 1, self.steps_per_epoch),
+                             'step {:,}'.format(self.preset.steps) if self.preset.steps else 'none'))
+
     def _end(self, status):
         from tensorboard.plugins.hparams import api_pb2, summary
         if status != 'interrupted':
@@ -310,8 +334,7 @@ class Run:
             for writer in self.writers.values():
                 writer.close()
             self.preset.status = status
-            if status != 'diverged':
-                self.preset.log(self.output_dir, 'train_overall.txt', replace=True)
+            self.preset.log(self.output_dir, 'train_overall.txt', replace=True)
             self.preset.save(self.output_dir)
 
     def _describe_hparams(self):
@@ -346,28 +369,68 @@ class Run:
 
 
 def _open_events(folder, last_step):
-    """A new event file in `folder`, open, in place of the older ones, with what they hold up to last_step."""
+    """Rewrites the event files in `folder` as one, with what they hold up to last_step.
+
+    Returns its writer and these events. Raises InputError where a file is damaged.
+    """
     from resnet import tf
     old = sorted(glob.glob(os.path.join(glob.escape(folder), '*.tfevents.*')))
     events = collections.OrderedDict()  # a killed start may have left an event in two files
     for path in old:
         try:
-            for event in tf.train.summary_iterator(path):
+            for content in _records(path):
+                event = tf.Event.FromString(content)
                 if event.step <= last_step and not event.file_version:
-                    events[event.SerializeToString()] = None
-        except tf.errors.DataLossError:  # the last one was being written
-            pass
+                    events[content] = event
+        except Exception as error:  # a damaged file can raise anything
+            raise InputError('{} is damaged ({}); remove it to go on without the curves that it holds'.format(
+                path, reason(error)))
     os.makedirs(folder, exist_ok=True)
     second = int(time.time())
     while any('.tfevents.{}.'.format(second) in path for path in old):
         second += 1
     writer = tf.io.TFRecordWriter(os.path.join(folder, 'events.out.tfevents.{}.{}'.format(second, platform.node())))
-    for event in [tf.Event(wall_time=second, file_version='brain.Event:2').SerializeToString()] + list(events):
-        writer.write(event)
+    for content in [tf.Event(wall_time=second, file_version='brain.Event:2').SerializeToString()] + list(events):
+        writer.write(content)
     writer.flush()
     for path in old:
         os.unlink(path)
-    return writer
+    return writer, list(events.values())
+
+
+def _records(path):
+    """The whole records of an event file, bytes, verified; a last one that was being written is left out.
+
+    TensorFlow's reader would allocate whatever a length claims, so the lengths are looked at before:
+    8 bytes, their checksum of 4, so many bytes of the record, and its checksum of 4.
+    """
+    from resnet import tf
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+    whole = 0
+    with open(path, 'rb') as file:
+        left = os.fstat(file.fileno()).st_size
+        while left >= 12:
+            header = file.read(12)
+            length = int.from_bytes(header[:8], 'little')
+            left -= 12 + length + 4
+            if left < 0 and masked_crc32c(header[:8]) != int.from_bytes(header[8:], 'little'):
+                raise ValueError('a length is wrong')
+            if left < 0:
+                break
+            file.seek(length + 4, os.SEEK_CUR)
+            whole += 1
+    return itertools.islice(tf.python_io.tf_record_iterator(path), whole)
+
+
+def _best_steps(events):
+    """The steps of those validation events at which the accuracy was a new best, ascending."""
+    best, steps = -1.0, []
+    for event in events:
+        for value in event.summary.value:
+            if value.tag == 'accuracy' and value.simple_value > best:
+                best = value.simple_value
+                steps.append(event.step)
+    return steps
 
 
 def evaluate(net, session, images, labels):
@@ -478,7 +541,7 @@ def main(arguments=None):
         train(preset, flags['data_dir'], flags['output_dir'], resume=True)
         return
 
-    number, seeds = flags['preset'] or 0, flags['seeds'] or [overrides.pop('seed', 0)]
+    number, seeds = flags['preset'] if flags['preset'] is not None else 0, flags['seeds'] or [overrides.pop('seed', 0)]
     if flags['seeds'] and flags['seed'] is not None:
         raise InputError('--seed and --seeds exclude each other')
     if flags['seeds'] and len(seeds) == 1:

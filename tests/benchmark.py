@@ -329,7 +329,8 @@ def main():
             rates[name, measurement].append(programs[name].measure(measurement, counts[name, measurement]))
 
     result = dict(preset=preset.preset, model=preset.model, batch_size=preset.batch_size, rounds=flags.rounds,
-                  checkpoint_minutes=preset.checkpoint_minutes, matrix_product_gflops=gflops, training_mflop_per_image=training_flop(preset) / 1e6, programs={})
+                  checkpoint_minutes=preset.checkpoint_minutes, matrix_product_gflops=gflops,
+                  training_mflop_per_image=training_flop(preset) / 1e6, programs={})
     for name, program in programs.items():
         figures = {measurement + '_images_per_second': median(rates[name, measurement])
                    for measurement in program.measurements if measurement != 'saves'}

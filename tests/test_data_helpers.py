@@ -167,6 +167,17 @@ def test_an_archive_with_a_wrong_digest_is_named(tmp_path, cifar10):
         data_helpers.load(str(tmp_path), data_helpers.TEST_FILES)
 
 
+@pytest.mark.parametrize('name, size', [('test_batch' * (1 << 20), 0), ('test_batch', 1 << 40)])
+def test_an_archive_s_claims_are_bounded(name, size, tmp_path, small_archives):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    with tarfile.open(str(tmp_path / 'cifar-10-python.tar.gz'), 'w:gz') as tar:
+        tar.addfile(info)
+    with pytest.raises(InputError, match='cifar-10-python.tar.gz is damaged .*' + (
+            '' if size else 'it has a name of 10,485,7[0-9]{2} bytes')):
+        data_helpers.load(str(tmp_path), data_helpers.TEST_FILES)
+
+
 class Touch:
     def __init__(self, path):
         self.path = path
@@ -542,6 +553,16 @@ def test_exif_orientation(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     pixels = data_helpers.read_image(saved(tmp_path, image, 'a.jpg', exif=exif))
     assert pixels.shape == (20, 10, 3) and pixels[:8].mean() > 200 and pixels[12:].mean() < 50
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    write(tmp_path / 'gs', b'#!/bin/sh\ntouch ' + str(tmp_path / 'touched').encode())
+    os.chmod(str(tmp_path / 'gs'), 0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    write(tmp_path / 'a.jpg', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n')
+    with pytest.raises(InputError, match='a.jpg is no image that can be read .it is a program in PostScript'):
+        data_helpers.read_image(str(tmp_path / 'a.jpg'))
+    assert not (tmp_path / 'touched').exists()
 
 
 def test_what_is_no_image_is_named(tmp_path):

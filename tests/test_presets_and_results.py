@@ -118,6 +118,7 @@ class Touch:
     ({'val_accuracy': np.zeros(3)}, r'numpy\.\w*core\.multiarray\._reconstruct'),
     ({'device': ['a']}, 'device is of type list'),
     ({'surprise': 1}, 'surprise'), ({7: 1}, 'unknown preset attribute 7'), ({'self': 1}, 'self'),
+    ({'batch_size': 10 ** 5000}, 'batch_size is too large a number'), ({'a\x1b[2J': []}, r'a\?\[2J is of type list'),
     ({'timestamp': '../../etc'}, 'timestamp'), ({'lr': 'abc'}, 'lr'),
     ({'val_accuracy': np.complex64(1)}, 'val_accuracy'), ({'device': Preset()}, 'device')])
 def test_anything_but_plain_values_is_refused_by_name(state, message, tmp_path, capsys):
@@ -143,7 +144,9 @@ def test_a_pickle_runs_no_code(tmp_path):
 
 @pytest.mark.parametrize('content', [
     b'', b'no pickle', b'\x80\x04', pickle.dumps(7), pickle.dumps({'lr': 1}), b'cpresets_and_results\nPreset\n.',
-    b'cpresets_and_results\nPreset\n)\x81]b.', b'\x80\x02K\x01r\xff\xff\xff\x7f.', b'x' * (2 << 20)])
+    b'cpresets_and_results\nPreset\n)\x81]b.', b'\x80\x02K\x01r\xff\xff\xff\x7f.', b'x' * (2 << 20),
+    b'\x80\x02cpresets_and_results\nPreset\n)\x81})' + b'\x85' * 900000 + b'Nsb.',  # a key that hash() descends into
+    b'\x80\x02]' + b'\x8f0' * 200000 + b'.'])
 def test_damaged_pickles_are_refused(content, tmp_path):
     path = tmp_path / 'a.pickle'
     path.write_bytes(content)

@@ -116,7 +116,7 @@ def test_the_same_seed_gives_the_same_run(trained, tmp_path):
         output_dir = str(tmp_path / str(seed))
         assert run_script('resnet_train.py', *TINY, '--seed', seed, '--output_dir', output_dir)[0] == 0
         first, second = variables(trained[0], 6), variables(output_dir, 6)
-        assert all(np.allclose(first[name], second[name], atol=1e-3) for name in first) == same
+        assert all(np.array_equal(first[name], second[name]) for name in first) == same
 
 
 @pytest.mark.parametrize('flag, message', [
@@ -153,11 +153,20 @@ def test_a_run_for_each_of_several_seeds(tmp_path):
         assert np.abs(kernels[0] - kernels[1]).max() > 0.01
 
 
-def test_a_training_that_diverges_stops_and_says_so(tmp_path):
+@pytest.mark.parametrize('evaluate_every, checkpoint_every, message', [
+    (2, 100, 'the validation loss is nan'), (100, 1, ''), (100, 100, 'the loss is ')])
+def test_a_training_that_diverges_stops_and_says_so(evaluate_every, checkpoint_every, message, tmp_path):
     status, out, err = run_script('resnet_train.py', *TINY, '--lr', 100, '--batch_size', 30, '--max_steps', 50,
+                                  '--evaluate_every', evaluate_every, '--checkpoint_every', checkpoint_every,
                                   '--output_dir', tmp_path)
-    assert status == 2 and 'diverged: the loss of step' in err and len(err.splitlines()) == 1
-    assert load_preset(str(tmp_path)).status == 'diverged'
+    assert status == 2 and 'diverged: ' + message in err and len(err.splitlines()) == 1, err
+    preset = load_preset(str(tmp_path))
+    assert preset.status == 'diverged' and (preset.steps > 0) == (checkpoint_every == 1 or evaluate_every == 2)
+    assert len((tmp_path / 'INFOS' / 'train_overall.txt').read_text().splitlines()) == 2
+    for step in checkpoint_steps(preset.run_dir(str(tmp_path))):
+        assert all(np.isfinite(value).all() for value in variables(str(tmp_path), step).values())
+    status, out, err = run_script('resnet_eval.py', '--output_dir', tmp_path)
+    assert (status, err) == (0, '')  # what has no checkpoint is left alone
 
 
 def train_here(output_dir, **overrides):
@@ -240,6 +249,67 @@ def test_a_resumed_run_keeps_its_own_values(tmp_path):
         assert message in err, err
     _, _, err = run_script('resnet_train.py', '--resume', '--output_dir', tmp_path, tensorflow=False)
     assert 'there is no unfinished run in' in err, err
+
+
+def interrupted(output_dir, **overrides):
+    """A training in this process, complete, with a record that says it was broken off after its last save."""
+    train_here(output_dir, num_checkpoints=2, **overrides)
+    preset = load_preset(str(output_dir))
+    preset.update(dict(status='interrupted', max_steps=8))
+    preset.save(str(output_dir))
+    return preset
+
+
+def test_a_resumed_run_keeps_the_last_bests_and_no_more(cifar10, tmp_path):
+    preset = interrupted(tmp_path, evaluate_every=1, checkpoint_every=1)
+    run_dir = preset.run_dir(str(tmp_path))
+    rose = [step for step, best in sorted(points(run_dir, 'dev')['best_accuracy'].items())
+            if points(run_dir, 'dev')['accuracy'][step] == best]
+    held = set(checkpoint_steps(run_dir))
+    folder = os.path.join(run_dir, 'checkpoints')
+    for extra in ('model-0.index', 'model-6.data-00000-of-00001.tempstate123'):  # as a kill amid cleaning up leaves
+        with open(os.path.join(folder, extra), 'wb'):
+            pass
+    train(preset, sample.SAMPLE_DIR, str(tmp_path), resume=True)
+    assert rose and 6 in held and not [name for name in os.listdir(folder) if 'tempstate' in name or '-0.' in name]
+    rose += [step for step in (7, 8) if points(run_dir, 'dev')['accuracy'][step] > max(
+        accuracy for earlier, accuracy in points(run_dir, 'dev')['accuracy'].items() if earlier < step)]
+    assert set(checkpoint_steps(run_dir)) == set(sorted(set(rose))[-2:]) | {8}
+
+
+@pytest.mark.parametrize('damage', [
+    lambda content: content[:8] + b'?' + content[9:],             # the checksum of the first length is wrong
+    lambda content: content[:12] + b'?' + content[13:],           # that of the first record is
+    lambda content: content[:-9] + b'\xff' * 8 + content[-1:]])   # that of the last one
+def test_damaged_curves_are_named_and_not_dropped(damage, cifar10, tmp_path):
+    preset = interrupted(tmp_path)
+    path, = (tmp_path / 'runs').glob('*/summaries/dev/*')
+    path.write_bytes(damage(path.read_bytes()))
+    content = path.read_bytes()
+    with pytest.raises(InputError, match='{} is damaged .*remove it to go on'.format(path.name)):
+        train(preset, sample.SAMPLE_DIR, str(tmp_path), resume=True)
+    assert path.read_bytes() == content
+    path.unlink()
+    preset = load_preset(str(tmp_path))
+    train(preset, sample.SAMPLE_DIR, str(tmp_path), resume=True)
+    assert preset.status == 'complete' and preset.early_stopping_epoch in checkpoint_steps(
+        preset.run_dir(str(tmp_path)))
+
+
+def test_a_record_that_claims_more_than_there_is_ends_the_curves(cifar10, tmp_path):
+    """As one that was being written; TensorFlow's reader would crash on it."""
+    preset = interrupted(tmp_path)
+    path, = (tmp_path / 'runs').glob('*/summaries/dev/*')
+    path.write_bytes(path.read_bytes() + record_header(1 << 60) + bytes(99))
+    train(preset, sample.SAMPLE_DIR, str(tmp_path), resume=True)
+    assert sorted(points(preset.run_dir(str(tmp_path)), 'dev')['loss']) == [6, 8]
+
+
+def record_header(length):
+    """Of an event file: a length and its checksum, right whatever it claims."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+    length = length.to_bytes(8, 'little')
+    return length + masked_crc32c(length).to_bytes(4, 'little')
 
 
 def test_a_batch_too_large_for_the_memory_is_named(cifar10, monkeypatch, tmp_path):
@@ -368,6 +438,8 @@ def test_the_contact_sheet_shows_pictures_and_bars(trained, tmp_path):
     ('resnet_train.py', ['--schedule', 'linear'], "schedule must be step, one-cycle or cosine, not 'linear'"),
     ('resnet_train.py', ['--lr_milestones', '5;6'], "lr_milestones must be steps such as 32000,48000, not '5;6'"),
     ('resnet_train.py', ['--seeds', '3', '--seed', '1'], '--seed and --seeds exclude each other'),
+    ('resnet_train.py', ['--preset', ''], 'there is no preset ; choose one of'),
+    ('resnet_train.py', ['--preset', 'standard', '--num_epochs', '5'], 'warmup_epochs is 5, which leaves none of'),
     ('resnet_train.py', ['--seeds', '0'], '--seeds must be a whole number from 1'),
     ('resnet_train.py', ['--seeds', '1', 'x'], "seed must be a whole number from 0 to 4294967295, not 'x'"),
     ('resnet_eval.py', ['--output_dir', '{trained}', '--timestamp', '7'], 'there is no run 7; known: {timestamp}'),

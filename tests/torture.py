@@ -33,7 +33,9 @@ from presets_and_results import (COLUMNS, InputError, check_output_dir, load_pre
                                  read_preset, start_run)
 
 TRAINING = ('--preset', 0, '--batch_size', 30, '--num_epochs', 100000, '--evaluate_every', 40, '--checkpoint_every', 25,
-            '--num_checkpoints', 2, '--checkpoint_minutes', 0.02, '--data_augmentation', 'true')
+            '--num_checkpoints', 2, '--checkpoint_minutes', 0.02, '--data_augmentation', 'true',
+            '--relu_leakiness', 0)  # nothing for XLA to compile, which would take most of a short life on 1.15.0
+STARTING = 8    # seconds, about, until a training is at work
 WRITERS = 10  # processes
 
 
@@ -50,7 +52,7 @@ def check(condition, what):
 
 def kills(n, draw, folder):
     """One training killed n times and resumed, against one that was left alone: all that they left must be the same."""
-    steps = 30 * n + 100
+    steps = 50 * n + 400  # what comes after the last kill included
     flags = TRAINING + ('--max_steps', steps)
     left_alone = os.path.join(folder, 'left_alone')
     status, _, err = sample.run_script('resnet_train.py', *flags, '--output_dir', left_alone, timeout=None)
@@ -64,12 +66,14 @@ def kills(n, draw, folder):
             break
         resume = ('--resume',) if known else flags
         process = sample.run_script('resnet_train.py', *resume, '--output_dir', output_dir, popen=True)
-        if known and draw.random() < 0.8:  # otherwise while it starts, too
+        if known and draw.random() < 0.8:  # otherwise mostly while it starts
             for line in iter(process.stdout.readline, ''):
-                if 'writes' in line:
+                if line.startswith('validation'):
                     break
-        left = steps - (known[0].steps if known else 0)
-        time.sleep(draw.uniform(0, seconds * left / steps / (n - done)))
+            left = steps - known[0].steps
+            time.sleep(draw.uniform(0, seconds * left / steps / (n - done + 1)))
+        else:
+            time.sleep(draw.uniform(0, STARTING))
         process.kill()
         err = process.communicate()[1]
         check(not err and process.returncode in (0, -signal.SIGKILL), 'it failed by itself: ' + err)
@@ -246,14 +250,17 @@ def seeds(folder):
     from PIL import Image
     output_dir = os.path.join(TESTS_DIR, 'resnet8')
     run = load_preset(output_dir)
+    trap = os.path.join(folder, 'sprung')
 
     def content(path):
         with open(path, 'rb') as file:
             return file.read()
 
-    def archive():
+    def archive(*first):
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode='w:gz', compresslevel=1) as tar:
+            for info in first:
+                tar.addfile(info)
             for name in data_helpers.SHA256:
                 info = tarfile.TarInfo('cifar-10-batches-bin/{}.bin'.format(name))
                 part = sample.content(name)[:3073]
@@ -266,15 +273,29 @@ def seeds(folder):
         Image.radial_gradient('L').convert('RGB').resize((61, 47)).save(saved, kind, **options)
         return saved.getvalue()
 
+    def record(value):
+        """The pickle of a Preset with one attribute."""
+        return b'\x80\x02cpresets_and_results\nPreset\n)\x81}X\x02\x00\x00\x00lr' + value + b'sb.'
+
+    programs = os.path.join(folder, 'in', 'bin')
+    os.mkdir(programs)
+    with open(os.path.join(programs, 'gs'), 'w') as file:  # what Pillow would start on PostScript
+        file.write('#!/bin/sh\ntouch ' + trap)
+    os.chmod(file.name, 0o755)
+    os.environ['PATH'] = programs + os.pathsep + os.environ['PATH']
     exif = Image.Exif()
     exif[0x0112] = 6
-    trap = os.path.join(folder, 'sprung')
     return {
         'pickle': ('1_1.pickle', content(run.pickle_path(output_dir)), read_preset),
         'trap': ('1_2.pickle', pickle.dumps(Trap(trap), protocol=2), read_preset),
+        'deep': ('1_3.pickle', record(b'}' + b')' + b'\x85' * 900000 + b'Ns'), read_preset),
+        'huge': ('1_4.pickle', record(pickle.dumps(10 ** 5000, protocol=2)[2:-1]), read_preset),
         'batch': ('data_batch_1', pickle.dumps({b'data': Trap(trap), b'labels': [1]}, protocol=2),
                   lambda path: data_helpers._from_python_batch(content(path))),
         'archive': ('cifar-10-python.tar.gz', archive(), data_helpers._unpack),
+        'long_name': ('cifar-10-batches-py.tar.gz', archive(tarfile.TarInfo('a' * (1 << 24))), data_helpers._unpack),
+        'postscript': ('a.eps', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n',
+                       data_helpers.read_image),
         'jpeg': ('a.jpg', picture('JPEG', exif=exif.tobytes()), data_helpers.read_image),
         'png': ('a.png', picture('PNG'), data_helpers.read_image),
         'gif': ('a.gif', picture('GIF'), data_helpers.read_image),
@@ -285,7 +306,8 @@ def seeds(folder):
 
 def feed(n, number, folder):
     """Gives n mutated inputs to their readers; prints the peak memory in MB."""
-    from presets_and_results import read_curve
+    from presets_and_results import read_curve, read_network
+    from resnet_train import _open_events
     import data_helpers
     import warnings
     warnings.simplefilter('ignore')
@@ -312,6 +334,8 @@ def feed(n, number, folder):
                 read(path)
             elif 'tfevents' in path:
                 read_curve(run, output_dir)
+                read_network(run, output_dir)
+                _open_events(os.path.dirname(path), run.steps)
             else:
                 from resnet_eval import best_checkpoint, restored
                 restored(run, best_checkpoint(run, output_dir), lambda net, session: None)
@@ -324,7 +348,8 @@ def feed(n, number, folder):
             raise Broken('{} was not refused but raised {}: {}; it is kept as {}'.format(
                 name, type(error).__name__, error, kept))
         finally:
-            os.unlink(path)
+            if os.path.exists(path):
+                os.unlink(path)
             for path, content in whole.items() if not read else ():
                 with open(path, 'wb') as file:
                     file.write(content)
