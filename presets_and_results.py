@@ -270,7 +270,7 @@ PRESETS = {
     4: dict(num_residual_units=9, lr_decay=0.96),
     5: dict(num_residual_units=9, lr_decay=0.90),
     6: dict(MODERN, num_epochs=10, warmup_epochs=2.5, low_resolution_epochs=7.5),
-    7: dict(MODERN, num_epochs=30, warmup_epochs=5, low_resolution_epochs=12),
+    7: dict(MODERN, num_epochs=30, warmup_epochs=5),
     8: dict(PAPER, num_residual_units=3),
     9: dict(PAPER, num_residual_units=5),
     10: dict(PAPER, num_residual_units=9),

@@ -33,7 +33,7 @@ from presets_and_results import check_output_dir, exit_on_input_error, make_pres
 IMAGES = 45000       # training images, as in CIFAR-10
 EVALUATED = 1000     # images; evaluations are of multiples of so many
 STUDY_BATCH = 100    # images, of an evaluation the study's way
-TORCH_BATCH = 500    # images, of an evaluation
+TORCH_BATCH = 125    # images, of an evaluation; as ours
 
 
 # ------------------------------------------------------------------------------ programs

@@ -32,7 +32,7 @@ import sample
 from presets_and_results import (COLUMNS, InputError, check_output_dir, load_preset, load_presets, make_preset,
                                  read_preset, start_run)
 
-TRAINING = ('--preset', 0, '--batch_size', 30, '--num_epochs', 100000, '--evaluate_every', 40, '--checkpoint_every', 25,
+TRAINING = ('--preset', 0, '--batch_size', 30, '--num_epochs', 100000, '--evaluate_every', 20, '--checkpoint_every', 15,
             '--num_checkpoints', 2, '--checkpoint_minutes', 0.02, '--data_augmentation', 'true',
             '--relu_leakiness', 0)  # nothing for XLA to compile, which would take most of a short life on 1.15.0
 STARTING = 8    # seconds, about, until a training is at work
@@ -52,7 +52,7 @@ def check(condition, what):
 
 def kills(n, draw, folder):
     """One training killed n times and resumed, against one that was left alone: all that they left must be the same."""
-    steps = 50 * n + 400  # what comes after the last kill included
+    steps = 25 * n + 400  # what comes after the last kill included
     flags = TRAINING + ('--max_steps', steps)
     left_alone = os.path.join(folder, 'left_alone')
     status, _, err = sample.run_script('resnet_train.py', *flags, '--output_dir', left_alone, timeout=None)
