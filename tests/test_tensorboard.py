@@ -57,7 +57,9 @@ def test_in_a_browser(runs):
 
             page.goto(address + '/#hparams')
             page.reload()
-            expected = set(titles) | {'batch_size', 'l2_reg_lambda', 'dev best_accuracy', 'dev loss'}
+            for name in ('seed', 'lr', 'batch_size', 'l2_reg_lambda', 'nesterov'):  # five as columns, all to be ticked
+                page.get_by_text(name, exact=True).first.wait_for(state='attached')
+            expected = set(titles) | {'dev best_accuracy', 'dev loss'}
             cells, until = [], time.time() + 60
             while not expected <= set(cells) and time.time() < until:  # its rows come and go while the board reloads
                 time.sleep(0.5)
