@@ -30,7 +30,7 @@ from presets_and_results import (FIELDS, HYPERPARAMETERS, NAMES, NEWEST, RECIPE,
 
 DECAY_STEPS = 24000       # training steps between decays of the learning rate
 SUMMARY_EVERY = 10        # training steps between points of the training curves
-EVALUATION_BATCH = 125    # images; what an activation then takes stays near the cores, which larger ones do not
+EVALUATION_BATCH = 500    # images; more are hardly faster, and cost memory
 REFRESH_IMAGES = 4000     # training images that the statistics are averaged over before a network is judged
 REFRESH_BATCH = 500       # images
 BEST_OR_LATEST = 'model'  # name of a checkpoint
