@@ -114,32 +114,28 @@ def train(preset, data_dir, output_dir, resume=False):
         if resume and vars(read_preset(preset.pickle_path(output_dir))) != vars(preset):
             raise InputError('run {} has gone on in other hands meanwhile'.format(preset.timestamp))
         net = ResNet(preset)
-        with make_session(preset) as session, _stop_request() as stop:
+        with make_session(preset) as session, _stop_request() as stop, _batch_size_named(preset):
             run = Run(preset, net, session, output_dir, len(training[0]), resume)
             run.announce(data_dir, len(training[0]), len(validation[0]))
             session.graph.finalize()  # from here on nothing may add to it, which would slow every step
             steps = range(preset.steps + 1, run.last_step + 1)
-            try:
-                for step, (x, y) in zip(steps, run.batches(*training)):
-                    run.train_step(step, x, y)
-                    ending = step == run.last_step or bool(stop)
-                    validating = ending or step % preset.evaluate_every == 0
-                    saving = ending or step % preset.checkpoint_every == 0
-                    if ending and step < run.last_step:
-                        print('\nStopping: validating and saving; Ctrl-C again breaks it off.', flush=True)
-                    if validating or saving:
-                        net.refresh_statistics(session, _refreshing_batches(training[0]))
-                    if validating:
-                        saving |= run.validate(step, *validation)
-                    if saving:
-                        run.save(step)
-                    elif run.unsaved_seconds() > 60 * preset.checkpoint_minutes:
-                        run.save(step, TO_RESUME)
-                    if ending:
-                        break
-            except tf.errors.ResourceExhaustedError as error:
-                raise InputError('batches of {} are too large for the memory: train with a smaller --batch_size '
-                                 '({})'.format(preset.batch_size, reason(error)))
+            for step, (x, y) in zip(steps, run.batches(*training)):
+                run.train_step(step, x, y)
+                ending = step == run.last_step or bool(stop)
+                validating = ending or step % preset.evaluate_every == 0
+                saving = ending or step % preset.checkpoint_every == 0
+                if ending and step < run.last_step:
+                    print('\nStopping: validating and saving; Ctrl-C again breaks it off.', flush=True)
+                if validating or saving:
+                    net.refresh_statistics(session, _refreshing_batches(training[0]))
+                if validating:
+                    saving |= run.validate(step, *validation)
+                if saving:
+                    run.save(step)
+                elif run.unsaved_seconds() > 60 * preset.checkpoint_minutes:
+                    run.save(step, TO_RESUME)
+                if ending:
+                    break
             return run.finish('complete' if preset.steps == run.last_step else 'interrupted')
 
 
@@ -473,6 +469,17 @@ def _refreshing_batches(images):
 def reason(error):
     """What an error of TensorFlow says, without where in the graph."""
     return str(error).split('\n\t [[')[0].strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+
+
+@contextlib.contextmanager
+def _batch_size_named(preset):
+    """Where the memory is too small, says what would make it do."""
+    from resnet import tf
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        raise InputError('batches of {} are too large for the memory: train with a smaller --batch_size ({})'.format(
+            preset.batch_size, reason(error)))
 
 
 @contextlib.contextmanager

@@ -314,8 +314,8 @@ def main():
             say('{} is left out: {}'.format(name, program.error))
         else:
             programs[name] = program
-    turns = [(name, measurement) for measurement in ('training', 'training_without_input', 'evaluation', 'input',
-                                                        'saves')
+    order = 'training', 'training_without_input', 'evaluation', 'input', 'saves'
+    turns = [(name, measurement) for measurement in order
              for name in programs if measurement in programs[name].measurements]
     counts, rates = {}, {turn: [] for turn in turns}
     for name, measurement in turns:  # warm up, and learn how long a turn is
