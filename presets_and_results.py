@@ -63,7 +63,7 @@ class Preset:
     """
     preset = None                         # number in PRESETS
     model = 'ResNet8'                     # ResNet-(6n + 2), n = num_residual_units
-    optimizer = 'SGD (Momentum)'          # see momentum and nesterov
+    optimizer = 'SGD (Momentum)'          # see momentum, nesterov and muon_lr
     activation_function = 'ReLU'          # leaky, see relu_leakiness
     weight_initialization = 'He_normal'
     normalization = 'Batch Norm'
@@ -109,6 +109,7 @@ class Preset:
     mixed_precision = False               # training computes in 16 bits
     xla = False                           # XLA compiles the graph
     checkpoint_minutes = 2.0              # minutes of work that a kill may cost
+    muon_lr = 0.0                         # rate at which Muon, in place of SGD, moves the convolutions' kernels
 
     def __init__(self, **values):
         """Defaults, then `values`. Raises InputError on an unknown name or a bad value."""
@@ -116,7 +117,7 @@ class Preset:
         self.update(values)
 
     def update(self, values):
-        """Sets several attributes; `model` follows the depth. Raises InputError as __init__ does."""
+        """Sets several attributes; `model` and `optimizer` follow. Raises InputError as __init__ does."""
         for name, value in values.items():
             if name not in COLUMNS:
                 raise InputError('unknown preset attribute {!r}'.format(name))
@@ -127,6 +128,8 @@ class Preset:
             setattr(self, name, value)
         if 'num_residual_units' in values:
             self.model = 'ResNet{}'.format(self.depth)
+        if 'muon_lr' in values:
+            self.optimizer = 'Muon, SGD (Momentum)' if self.muon_lr else Preset.optimizer
 
     @property
     def depth(self):
@@ -231,6 +234,7 @@ HYPERPARAMETERS = {  # each has a flag of its name
     'warmup_epochs': Field(float, 0, 100000, 'epochs over which the learning rate rises linearly to lr'),
     'momentum': Field(float, 0, 0.9999, 'momentum of SGD'),
     'nesterov': Field(bool, None, None, 'Nesterov momentum'),
+    'muon_lr': Field(float, 0, 100, 'rate at its highest at which Muon moves the convolutions\' kernels; 0: SGD does'),
     'label_smoothing': Field(float, 0, 0.9, 'share of each label that is spread over all classes'),
     'mixup': Field(float, 0, 100, 'alpha of the Beta distribution of mixup; 0: none'),
     'random_erasing': Field(float, 0, 1, 'probability that a rectangle of a training image is erased'),
@@ -255,7 +259,7 @@ FIELDS = dict(
     images_per_second=Field(float, 0, 10**9, 'training steps alone'),
 )
 
-MODERN = dict(num_residual_units=3, lr=0.4, schedule='one-cycle', nesterov=True, l2_reg_lambda=0.0005,
+MODERN = dict(num_residual_units=3, lr=0.4, muon_lr=0.02, schedule='one-cycle', nesterov=True, l2_reg_lambda=0.0005,
               relu_leakiness=0.0, evaluate_every=704, checkpoint_every=704)
 PAPER = dict(lr_decay=0.1, lr_milestones='32000,48000', num_epochs=182, max_steps=64000, l2_reg_lambda=0.0001,
              relu_leakiness=0.0, evaluate_every=1000, checkpoint_every=1000)
@@ -308,6 +312,10 @@ def make_preset(number, **overrides):
                 if getattr(preset, name) >= preset.num_epochs:
                     raise InputError('{} is {:g}, which leaves none of num_epochs {} for the rest of the recipe; give '
                                      '--{} too, smaller'.format(name, getattr(preset, name), preset.num_epochs, name))
+            for name in ('lr_decay', 'lr_milestones'):
+                if name in overrides and preset.schedule != 'step':
+                    raise InputError('{} has no part in the schedule {}; leave it out, or give --schedule step '
+                                     'too'.format(name, preset.schedule))
             return preset
     raise InputError('there is no preset {}; choose one of {}'.format(
         number, ', '.join('{} ({})'.format(known, NAMES[known][0]) for known in PRESETS)))

@@ -35,8 +35,8 @@ REFRESH_IMAGES = 4000     # training images that the statistics are averaged ove
 REFRESH_BATCH = 500       # images
 BEST_OR_LATEST = 'model'  # name of a checkpoint
 TO_RESUME = 'resume'      # name of one to go on from: its statistics are not fit to judge by
-OPTIONS = ('nesterov', 'label_smoothing', 'data_augmentation', 'random_erasing', 'mixup', 'low_resolution_epochs',
-           'mixed_precision', 'xla')  # of a recipe: named where they are on
+OPTIONS = ('nesterov', 'muon_lr', 'label_smoothing', 'data_augmentation', 'random_erasing', 'mixup',
+           'low_resolution_epochs', 'mixed_precision', 'xla')  # of a recipe: named where they are on
 UNFINISHED = ('training', 'interrupted')  # status of what can be resumed
 HOW_MANY = Field(int, 1, 1000, 'seeds')
 HPARAMS_METRICS = (('dev', 'best_accuracy'), ('dev', 'accuracy'), ('dev', 'loss'), ('train', 'loss'),
@@ -511,7 +511,8 @@ def _device(session):
             name = re.search(r'model name\s*: (.*)', file.read()).group(1)
     except (OSError, subprocess.SubprocessError, AttributeError, IndexError):
         name = platform.processor() or platform.machine()
-    return '{} x GPU'.format(gpus) if gpus else 'CPU: {}, {} cores'.format(name, os.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # this process's
+    return '{} x GPU'.format(gpus) if gpus else 'CPU: {}, {} core{}'.format(name, cores, 's' if cores > 1 else '')
 
 
 def _duration(seconds):

@@ -70,6 +70,8 @@ def test_bad_values_are_refused(overrides, message):
 def test_overrides_take_text_and_change_the_model():
     preset = make_preset(3, num_residual_units='18', lr='1e-2', data_augmentation='False')
     assert (preset.model, preset.depth, preset.lr, preset.data_augmentation) == ('ResNet110', 110, 0.01, False)
+    assert [make_preset('fast', muon_lr=rate).optimizer for rate in ('0.01', '0')] == [
+        'Muon, SGD (Momentum)', 'SGD (Momentum)']
     with pytest.raises(InputError, match=r'no preset 99; choose one of 0 \(first\), 1 \(study1\)'):
         make_preset(99)
 
