@@ -1,9 +1,9 @@
 """Tests trained runs on CIFAR-10's 10,000 test images, or classifies a person's own images.
 
     python resnet_eval.py                            every run that is not finished
-    python resnet_eval.py --timestamp 1795545805     that run
+    python resnet_eval.py --timestamp 1795558284     that run
     python resnet_eval.py --timestamp                the newest
-    python resnet_eval.py --timestamp 1795545805 --images cat.jpg photos/
+    python resnet_eval.py --timestamp 1795558284 --images cat.jpg photos/
 
 A test takes the run's best checkpoint by validation accuracy, prints accuracy by class and the
 confusion matrix, and records the test accuracy in the run's pickle and in INFOS/eval_overall.txt,

@@ -6,9 +6,9 @@
 
 The peers are the same network as the 2020 study built it (batch normalization and leaky ReLU of single
 operations, Python lists fed), and in PyTorch (channels last, torch.compile) where that is installed; each
-may run under another Python. Every program is a process of its own; they take turns, and a ratio is the median
-over the turns, so that a machine that drifts does not bias it. The images are random: speed
-does not depend on them, and no data set is needed. Leave the machine alone meanwhile.
+may run under another Python, and steps by SGD, whatever the preset. Every program is a process of its own;
+they take turns, and a ratio is the median over the turns, so that a machine that drifts does not bias it.
+The images are random: speed does not depend on them, and no data set is needed. Leave the machine alone meanwhile.
 """
 import argparse
 import atexit
@@ -217,6 +217,8 @@ def work(flags):
     """A process with one program: makes it ready, then measures on request until its input ends."""
     preset = make_preset(flags.preset, batch_size=flags.batch_size,
                          mixed_precision=flags.mixed_precision and flags.worker != 'study')
+    if flags.worker != 'ours':
+        preset.update(dict(muon_lr=0))
     random = np.random.RandomState(0)
     images = random.randint(0, 256, (IMAGES, 32, 32, 3), np.uint8)
     labels = random.randint(0, 10, IMAGES)
