@@ -100,8 +100,8 @@ class Preset:
     schedule = 'step'                     # of the learning rate after the warm-up: 'step', 'one-cycle' or 'cosine'
     lr_milestones = None                  # steps at which lr_decay multiplies, as '32000,48000'; None: every 24,000
     warmup_epochs = 0.0                   # epochs over which the rate rises linearly to lr
-    momentum = 0.9                        # of SGD
-    nesterov = False                      # SGD looks ahead (Nesterov momentum)
+    momentum = 0.9                        # of SGD and of Muon
+    nesterov = False                      # both look ahead (Nesterov momentum)
     label_smoothing = 0.0                 # share of the label that is spread over all classes
     mixup = 0.0                           # alpha of Beta(alpha, alpha), from which images and labels are mixed
     random_erasing = 0.0                  # probability that a rectangle of a training image is erased
@@ -232,7 +232,7 @@ HYPERPARAMETERS = {  # each has a flag of its name
     'lr_milestones': Text(r'[0-9]{1,9}(,[0-9]{1,9}){0,9}', 'steps such as 32000,48000',
                           'steps at which lr_decay multiplies, in place of every 24,000'),
     'warmup_epochs': Field(float, 0, 100000, 'epochs over which the learning rate rises linearly to lr'),
-    'momentum': Field(float, 0, 0.9999, 'momentum of SGD'),
+    'momentum': Field(float, 0, 0.9999, 'momentum of SGD and of Muon'),
     'nesterov': Field(bool, None, None, 'Nesterov momentum'),
     'muon_lr': Field(float, 0, 100, 'rate at its highest at which Muon moves the convolutions\' kernels; 0: SGD does'),
     'label_smoothing': Field(float, 0, 0.9, 'share of each label that is spread over all classes'),
@@ -290,7 +290,7 @@ NAMES = {  # of presets, and what they are for
     4: ('study4', 'the 2020 study: more layers; its best'),
     5: ('study5', 'the 2020 study: more layers, faster decay'),
     6: ('fast', 'better than the 2020 study\'s best, in minutes'),
-    7: ('standard', 'the accuracy of the ResNet paper\'s ResNet-20, in a sixth of its steps'),
+    7: ('standard', 'about the accuracy of the ResNet paper\'s ResNet-20, in a sixth of its steps'),
     8: ('paper20', 'the recipe of He et al. 2015: 64,000 steps'),
     9: ('paper32', 'the same, deeper'),
     10: ('paper56', 'the same, deeper'),
@@ -313,7 +313,7 @@ def make_preset(number, **overrides):
                     raise InputError('{} is {:g}, which leaves none of num_epochs {} for the rest of the recipe; give '
                                      '--{} too, smaller'.format(name, getattr(preset, name), preset.num_epochs, name))
             for name in ('lr_decay', 'lr_milestones'):
-                if name in overrides and preset.schedule != 'step':
+                if preset.schedule != 'step' and name in overrides and getattr(preset, name) != getattr(Preset, name):
                     raise InputError('{} has no part in the schedule {}; leave it out, or give --schedule step '
                                      'too'.format(name, preset.schedule))
             return preset

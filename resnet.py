@@ -55,12 +55,13 @@ def _kernels():
     return 'oneDNN' if os.environ['TF_ENABLE_ONEDNN_OPTS'] == '1' else 'Eigen'
 
 
-KERNELS = _kernels()
+with _silence():
+    KERNELS = _kernels()
 if KERNELS == 'GPU':  # the same seed, the same result, which processors give anyway; read when kernels are chosen
     os.environ.setdefault('TF_DETERMINISTIC_OPS', '1')    # by TensorFlow 2
     os.environ.setdefault('TF_CUDNN_DETERMINISTIC', '1')  # by 1.15
 XLA_ACTIVATIONS = KERNELS == 'Eigen' and tf.__version__.startswith('1.')  # a fifth off a whole step; elsewhere it costs
-if XLA_ACTIVATIONS:  # loops as simple as theirs run as fast without, and are compiled in a quarter of the time
+if XLA_ACTIVATIONS:  # so short a loop is as fast without LLVM's expensive passes, and compiled in a quarter of the time
     os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=2 --xla_llvm_disable_expensive_passes=true')
 with _silence(), tf.Graph().as_default(), tf.Session(config=tf.ConfigProto(device_count={'GPU': 0})) as _session:
     _session.run(tf.constant(0))  # the first run, without touching a GPU; reads the flags above
@@ -136,7 +137,11 @@ class ResNet:
             logits = self._network(self.training_X, training=True)
             self.training_loss, self.training_accuracy = self._loss_and_accuracy(logits, self.preset.label_smoothing)
             self._move_statistics = tf.group(*self._moves)
-            optimizer = (Muon if self.preset.muon_lr else SGD)(self.preset, self.learning_rate)
+            if self.preset.muon_lr:
+                optimizer = Muon(self.preset, self.learning_rate)
+            else:
+                optimizer = tf.train.MomentumOptimizer(self.learning_rate, self.preset.momentum,
+                                                       use_nesterov=self.preset.nesterov)
             if self.preset.mixed_precision:
                 gradients = [(gradient / LOSS_SCALE, variable) for gradient, variable in
                              optimizer.compute_gradients(self.training_loss * LOSS_SCALE)]
@@ -264,32 +269,31 @@ class ResNet:
             return loss, tf.reduce_mean(tf.cast(hits, tf.float32), name='accuracy')
 
 
-class SGD(tf.train.MomentumOptimizer):
-    """A preset's SGD with (Nesterov) momentum, at the rate that `learning_rate`, float32 [], has at the time."""
+class Muon(tf.train.MomentumOptimizer):
+    """SGD with (Nesterov) momentum whose steps are made orthogonal where a convolution's kernel steps (Jordan et al.
+    2024, https://kellerjordan.github.io/posts/muon).
 
-    def __init__(self, preset, learning_rate):
-        super().__init__(learning_rate, preset.momentum, use_nesterov=preset.nesterov)
-        self.preset, self.learning_rate = preset, learning_rate
-
-
-class Muon(SGD):
-    """SGD whose steps are made orthogonal where it is a convolution's kernel that steps (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon): as a matrix [KERNEL * KERNEL * inputs, filters] the step is replaced by
-    its nearest one whose singular values are all about 1, so that rare directions are learned as fast as
-    common ones. Its rate is muon_lr, in the course of the learning rate.
+    A kernel's step, as a matrix [KERNEL * KERNEL * inputs, filters], is replaced by the nearest matrix whose singular
+    values are all about 1, so that rare directions are learned as fast as common ones. Its rate is muon_lr,
+    in the course of the learning rate.
 
     The gradient must not hold the kernel's L2 loss, whose size would be lost. In its place the kernel shrinks as
-    it would under SGD, where the momentum multiplies the rate in the long run.
+    it does under SGD in the long run, where momentum multiplies the rate: by lr * l2_reg_lambda / (1 - momentum),
+    which must be well below 1.
     """
+
+    def __init__(self, preset, learning_rate):
+        """From a preset's muon_lr, lr, momentum, nesterov, l2_reg_lambda; learning_rate is a float32 [] tensor."""
+        super().__init__(learning_rate, preset.momentum, use_nesterov=preset.nesterov)
+        self.preset, self.learning_rate = preset, learning_rate
 
     def _apply_dense(self, gradient, kernel):
         if len(kernel.shape) != 4:
             return super()._apply_dense(gradient, kernel)
-        preset = self.preset
-        momentum = self.get_slot(kernel, 'momentum')
-        step = momentum = tf.assign(momentum, preset.momentum * momentum + gradient)
+        preset, slot = self.preset, self.get_slot(kernel, 'momentum')
+        step = moved = tf.assign(slot, preset.momentum * slot + gradient)
         if preset.nesterov:
-            step = gradient + preset.momentum * momentum
+            step = gradient + preset.momentum * moved
         step = tf.transpose(_orthogonal(tf.transpose(tf.reshape(step, [-1, kernel.shape[-1].value]))))
         rate = self.learning_rate * preset.muon_lr / preset.lr
         decay = self.learning_rate * preset.l2_reg_lambda / (1 - preset.momentum)

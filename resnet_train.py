@@ -224,7 +224,7 @@ class Run:
             images, labels, self.preset, first_step=self.preset.steps))
 
     def train_step(self, step, x, y):
-        """One step of SGD on a batch; a point of the curves and the progress line now and then."""
+        """One training step on a batch; a point of the curves and the progress line now and then."""
         rate = learning_rate(self.preset, step - 1, self.steps_per_epoch)
         began = time.time()
         _, loss, accuracy = self.session.run(
@@ -316,10 +316,11 @@ class Run:
     def _diverge(self, step, what):
         self._end('diverged')
         raise InputError('run {} diverged: {} at step {:,}, learning rate {:g}; its last good checkpoint: {}. Try a '
-                         'lower --lr'.format(
+                         'lower {}'.format(
                              self.preset.timestamp, what, step,
                              learning_rate(self.preset, step - 1, self.steps_per_epoch),
-                             'step {:,}'.format(self.preset.steps) if self.preset.steps else 'none'))
+                             'step {:,}'.format(self.preset.steps) if self.preset.steps else 'none',
+                             _rates(self.preset)))
 
     def _end(self, status):
         from tensorboard.plugins.hparams import api_pb2, summary
@@ -515,6 +516,11 @@ def _device(session):
     return '{} x GPU'.format(gpus) if gpus else 'CPU: {}, {} core{}'.format(name, cores, 's' if cores > 1 else '')
 
 
+def _rates(preset):
+    """The flags of what makes a training diverge."""
+    return '--lr and --muon_lr' if preset.muon_lr else '--lr'
+
+
 def _duration(seconds):
     hours, minutes = divmod(int(seconds) // 60, 60)
     return '{}h{:02}m'.format(hours, minutes) if hours else '{}m{:02}s'.format(minutes, int(seconds) % 60)
@@ -565,7 +571,8 @@ def unfinished(output_dir, timestamp=None):
         preset = load_preset(output_dir, timestamp)
         if preset.status not in UNFINISHED:
             raise InputError('run {0.timestamp} cannot go on: it is {1}'.format(
-                preset, 'diverged; train it anew with a lower --lr' if preset.status == 'diverged' else 'complete'))
+                preset, 'diverged; train it anew with a lower ' + _rates(preset) if preset.status == 'diverged'
+                else 'complete'))
         return preset
     for preset in reversed(load_presets(output_dir)):
         if preset.status in UNFINISHED:

@@ -440,6 +440,7 @@ def test_the_contact_sheet_shows_pictures_and_bars(trained, tmp_path):
     ('resnet_train.py', ['--seeds', '3', '--seed', '1'], '--seed and --seeds exclude each other'),
     ('resnet_train.py', ['--preset', ''], 'there is no preset ; choose one of'),
     ('resnet_train.py', ['--preset', 'fast', '--lr_decay', '0.5'], 'lr_decay has no part in the schedule one-cycle'),
+    ('resnet_train.py', ['--preset', '12', '--lr_milestones', '5'], 'lr_milestones has no part in the schedule cosine'),
     ('resnet_train.py', ['--preset', 'standard', '--num_epochs', '5'], 'warmup_epochs is 5, which leaves none of'),
     ('resnet_train.py', ['--seeds', '0'], '--seeds must be a whole number from 1'),
     ('resnet_train.py', ['--seeds', '1', 'x'], "seed must be a whole number from 0 to 4294967295, not 'x'"),
