@@ -60,8 +60,8 @@ with _silence():
 if KERNELS == 'GPU':  # the same seed, the same result, which processors give anyway; read when kernels are chosen
     os.environ.setdefault('TF_DETERMINISTIC_OPS', '1')    # by TensorFlow 2
     os.environ.setdefault('TF_CUDNN_DETERMINISTIC', '1')  # by 1.15
-XLA_ACTIVATIONS = KERNELS == 'Eigen' and tf.__version__.startswith('1.')  # a fifth off a whole step; elsewhere it costs
-if XLA_ACTIVATIONS:  # so short a loop is as fast without LLVM's expensive passes, and compiled in a quarter of the time
+XLA_GRADIENTS = KERNELS == 'Eigen' and tf.__version__.startswith('1.')  # of leaky ReLU; elsewhere it costs
+if XLA_GRADIENTS:  # so short a loop is as fast without LLVM's expensive passes, and compiled in a quarter of the time
     os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=2 --xla_llvm_disable_expensive_passes=true')
 with _silence(), tf.Graph().as_default(), tf.Session(config=tf.ConfigProto(device_count={'GPU': 0})) as _session:
     _session.run(tf.constant(0))  # the first run, without touching a GPU; reads the flags above
@@ -352,13 +352,12 @@ def _leaky_relu(x, slope, training):
     def trained(x):
         """Its gradient looks at the output, which has the input's sign: the input need not be kept."""
         y = tf.nn.leaky_relu(x, slope)
-        return y, lambda dy: tf.raw_ops.LeakyReluGrad(gradients=dy, features=y, alpha=slope)
+
+        def gradient(dy):
+            with tf.xla.experimental.jit_scope() if XLA_GRADIENTS else contextlib.nullcontext():
+                return tf.raw_ops.LeakyReluGrad(gradients=dy, features=y, alpha=slope)
+        return y, gradient
 
     if not slope:
         return tf.nn.relu(x)
-    if not training:
-        return tf.nn.leaky_relu(x, slope)
-    if XLA_ACTIVATIONS:
-        with tf.xla.experimental.jit_scope():
-            return trained(x)
-    return trained(x)
+    return trained(x) if training else tf.nn.leaky_relu(x, slope)

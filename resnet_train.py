@@ -8,6 +8,7 @@ Ctrl-C once ends a training cleanly: validated, saved and recorded. Twice breaks
 it, --resume goes on as if nothing had: on a CPU, with the same TensorFlow, to the same weights to the last bit.
 """
 import collections
+import concurrent.futures
 import contextlib
 import glob
 import itertools
@@ -30,7 +31,8 @@ from presets_and_results import (FIELDS, HYPERPARAMETERS, NAMES, NEWEST, RECIPE,
 
 DECAY_STEPS = 24000       # training steps between decays of the learning rate
 SUMMARY_EVERY = 10        # training steps between points of the training curves
-EVALUATION_BATCH = 500    # images; more are hardly faster, and cost memory
+EVALUATION_BATCH = 250    # images; more are hardly faster, and cost memory
+EVALUATED_AT_ONCE = 2     # batches: one is computed while the other is between two operations, or is prepared
 REFRESH_IMAGES = 4000     # training images that the statistics are averaged over before a network is judged
 REFRESH_BATCH = 500       # images
 BEST_OR_LATEST = 'model'  # name of a checkpoint
@@ -435,15 +437,19 @@ def evaluate(net, session, images, labels):
 
     Returns the mean loss, a float, and the predictions, int64 [N].
     """
-    losses, predictions, progress = [], [], ProgressLine()
-    for i in range(0, len(images), EVALUATION_BATCH):
-        progress('judged {:,} of {:,} images', i, len(images))
+    def judge(i):
         now = slice(i, i + EVALUATION_BATCH)
         loss, predicted = session.run([net.loss, net.predictions], {
             net.X: data_helpers.scale(images[now]),
             net.Y: data_helpers.one_hot(labels[now], net.preset.num_classes)})
-        losses.append(loss * len(predicted))
-        predictions.append(predicted)
+        return loss * len(predicted), predicted
+
+    judged, progress = [], ProgressLine()
+    with concurrent.futures.ThreadPoolExecutor(EVALUATED_AT_ONCE) as pool:
+        for result in pool.map(judge, range(0, len(images), EVALUATION_BATCH)):
+            progress('judged {:,} of {:,} images', len(judged) * EVALUATION_BATCH, len(images))
+            judged.append(result)
+    losses, predictions = zip(*judged)
     return float(sum(losses)) / len(images), np.concatenate(predictions)
 
 

@@ -10,6 +10,7 @@ from presets_and_results import load_preset, make_preset
 import resnet
 from resnet import ResNet, tf
 from resnet_eval import best_checkpoint, restored
+import resnet_train
 from resnet_train import evaluate, make_session
 
 
@@ -177,16 +178,19 @@ def test_logits_of_a_checkpoint_against_numpy(cifar10):
     np.testing.assert_allclose(logits, np.load(os.path.join(sample.TESTS_DIR, 'resnet8', 'logits.npy')), atol=1e-4)
 
 
-def test_predictions_do_not_depend_on_the_batch(cifar10):
+def test_predictions_do_not_depend_on_the_batch(cifar10, monkeypatch):
+    monkeypatch.setattr(resnet_train, 'EVALUATION_BATCH', 7)  # the last holds 2, several are judged at once
     preset, checkpoint = run_resnet8()
     images, labels = data_helpers.load(cifar10, data_helpers.TEST_FILES)
-    x = data_helpers.scale(images)
+    x, y = data_helpers.scale(images), data_helpers.one_hot(labels, 10)
 
     def use(net, session):
-        return [np.concatenate([session.run(net.predictions, {net.X: x[i:i + size]}) for i in range(0, 100, size)])
-                for size in (1, 7, 100)] + [evaluate(net, session, images, labels)[1]]
-    first, *others = restored(preset, checkpoint, use)
-    assert all(np.array_equal(first, other) for other in others) and (first == labels).mean() > 0.6
+        return (session.run(net.loss, {net.X: x, net.Y: y}), evaluate(net, session, images, labels),
+                [np.concatenate([session.run(net.predictions, {net.X: x[i:i + size]}) for i in range(0, 100, size)])
+                 for size in (1, 7, 100)])
+    whole_loss, (loss, predictions), others = restored(preset, checkpoint, use)
+    assert len(predictions) == 100 and abs(loss - whole_loss) < 1e-5
+    assert all(np.array_equal(predictions, other) for other in others) and (predictions == labels).mean() > 0.6
 
 
 @pytest.mark.parametrize('slope, options', [(0.2, {}), (0.0, dict(momentum=0.7, nesterov=True, label_smoothing=0.3))])
