@@ -106,8 +106,9 @@ def test_gradients_do_not_depend_on_whose_kernels_compute_them(monkeypatch):
                 session.run(tf.global_variables_initializer())
                 gradients[kernels] = session.run(tf.gradients(net.training_loss, tf.trainable_variables()),
                                                  {net.X: x, net.Y: y})
-            natively = len([op for op in graph.get_operations() if op.type == 'Conv2DBackpropInput'])
-            assert natively == 2 * (2 if kernels == 'Eigen' else 13)  # train_step's too; the strided alone, or all
+            for kind in ('Conv2DBackpropInput', 'Conv2DBackpropFilter'):
+                natively = len([op for op in graph.get_operations() if op.type == kind])
+                assert natively == 2 * (2 if kernels == 'Eigen' else 13)  # train_step's too; the strided alone, or all
     for one, other in zip(*gradients.values()):
         assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
 

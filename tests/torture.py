@@ -33,8 +33,7 @@ from presets_and_results import (COLUMNS, InputError, check_output_dir, load_pre
                                  read_preset, start_run)
 
 TRAINING = ('--preset', 0, '--batch_size', 30, '--num_epochs', 100000, '--evaluate_every', 20, '--checkpoint_every', 15,
-            '--num_checkpoints', 2, '--checkpoint_minutes', 0.02, '--data_augmentation', 'true', '--muon_lr', 0.02,
-            '--relu_leakiness', 0)  # nothing for XLA to compile on 1.15.0, in lives as short as these
+            '--num_checkpoints', 2, '--checkpoint_minutes', 0.02, '--data_augmentation', 'true', '--muon_lr', 0.02)
 STARTING = 8    # seconds, about, until a training is at work
 WRITERS = 10  # processes
 
