@@ -327,33 +327,35 @@ def _scale_and_shift(beta, gamma, mean, variance):
 
 def _convolution(x, kernel, stride=1):
     """3x3, SAME, no bias."""
-    strides = [1, stride, stride, 1]
     kernel = tf.cast(kernel, x.dtype)
-
-    @tf.custom_gradient
-    def convolution(x, kernel):
-        def gradient(dy):
-            # Eigen's own code for these two takes up to four times and twice as long as the same done as convolutions:
-            # of dy with the kernel turned round, and of x with dy, where images and channels change places.
-            turned = tf.transpose(tf.reverse(kernel, [0, 1]), [0, 1, 3, 2])
-            padded = tf.pad(tf.transpose(x, [3, 1, 2, 0]), [[0, 0], [KERNEL // 2] * 2, [KERNEL // 2] * 2, [0, 0]])
-            by_kernel = tf.nn.conv2d(padded, tf.transpose(dy, [1, 2, 0, 3]), strides=strides, padding='VALID')
-            return (tf.nn.conv2d(dy, turned, strides=strides, padding='SAME'),
-                    tf.reshape(tf.transpose(by_kernel, [1, 2, 0, 3]), kernel.shape))
-        return tf.nn.conv2d(x, kernel, strides=strides, padding='SAME'), gradient
-
     if KERNELS == 'Eigen' and stride == 1:
-        return convolution(x, tf.identity(kernel))
-    return tf.nn.conv2d(x, kernel, strides=strides, padding='SAME')
+        return _with_gradients_by_convolution(x, tf.identity(kernel))
+    return tf.nn.conv2d(x, kernel, strides=[1, stride, stride, 1], padding='SAME')
+
+
+@tf.custom_gradient
+def _with_gradients_by_convolution(x, kernel):
+    """3x3, SAME, stride 1. Eigen's own code for its gradients takes up to four times (by x) and twice (by the kernel)
+    as long as the same done as convolutions."""
+    def gradient(dy):
+        turned = tf.transpose(tf.reverse(kernel, [0, 1]), [0, 1, 3, 2])
+        by_x = tf.nn.conv2d(dy, turned, strides=1, padding='SAME')
+        # Of x with dy: images and channels change places, and dy is the kernel.
+        padded = tf.pad(tf.transpose(x, [3, 1, 2, 0]), [[0, 0], [KERNEL // 2] * 2, [KERNEL // 2] * 2, [0, 0]])
+        by_kernel = tf.nn.conv2d(padded, tf.transpose(dy, [1, 2, 0, 3]), strides=1, padding='VALID')
+        return by_x, tf.reshape(tf.transpose(by_kernel, [1, 2, 0, 3]), kernel.shape)
+    return tf.nn.conv2d(x, kernel, strides=1, padding='SAME'), gradient
 
 
 def _leaky_relu(x, slope, training):
+    if not slope:
+        return tf.nn.relu(x)
+    if not training:
+        return tf.nn.leaky_relu(x, slope)
+
     @tf.custom_gradient
     def trained(x):
         """Its gradient looks at the output, which has the input's sign: the input need not be kept."""
         y = tf.nn.leaky_relu(x, slope)
         return y, lambda dy: tf.raw_ops.LeakyReluGrad(gradients=dy, features=y, alpha=slope)
-
-    if not slope:
-        return tf.nn.relu(x)
-    return trained(x) if training else tf.nn.leaky_relu(x, slope)
+    return trained(x)
