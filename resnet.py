@@ -7,45 +7,136 @@ shortcuts are average-pooled; the L2 loss covers the kernels alone.
 
     with tf.Graph().as_default():
         net = ResNet(make_preset(4))      # placeholders X, Y; logit/predictions; accuracy/accuracy
+        with make_session(net.preset) as session:
+            session.run(tf.global_variables_initializer())
+            loss, predictions = evaluate(net, session, images, labels)
+
+`import resnet` starts TensorFlow, see _start_tensorflow, and raises InputError where it cannot.
 """
+import concurrent.futures
 import contextlib
+import importlib.util
 import math
 import os
+import platform
 import re
+import subprocess
 import sys
 import warnings
 import zlib
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')   # TensorFlow's own noise, fatal errors apart
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # off by default where there is only AVX2: twice the time
+import numpy as np
+
+import data_helpers
+from data_helpers import InputError
+
+# ------------------------------------------------------------------------------ start
+
+LISTENER = r"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program
+said = b''
+for line in sys.stdin.buffer:
+    if line.endswith(b'\0\n'):
+        sys.exit()
+    said += line
+sys.stderr.buffer.write(b'TensorFlow did not start; it needs a processor with AVX. What it wrote:\n')
+sys.stderr.buffer.write(said or b'(nothing)\n')
+"""
+NOTHING_TO_SHOW = b'\0\n'  # ends the listener
+LISTENER_PATIENCE = 5      # seconds, for the listener to end
+
+
+def _start_tensorflow():
+    """What `import resnet` does to the process, in the order that TensorFlow needs.
+
+    Returns the module tensorflow.compat.v1 and whose kernels do the convolutions, see _kernels.
+    Raises InputError where TensorFlow is missing or does not start.
+    """
+    _check_installed()
+    _set_environment()  # read by TensorFlow on import
+    with _silenced():
+        tf = _import()
+        kernels = _kernels(tf)
+        if kernels == 'GPU':
+            _make_deterministic()  # before a kernel is chosen
+        _run_once(tf)
+    return tf, kernels
+
+
+def _check_installed():
+    """Raises InputError where there is no TensorFlow."""
+    if importlib.util.find_spec('tensorflow'):
+        return
+    version = sys.version_info[:2]
+    if version == (3, 7) or (3, 10) <= version <= (3, 13):
+        raise InputError('TensorFlow is missing: pip install -r requirements.txt')
+    raise InputError(f'TensorFlow is missing, and Python {version[0]}.{version[1]} has none in range: pip install '
+                     '-r requirements.txt with Python 3.7, or 3.10 to 3.13')
+
+
+def _set_environment():
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')   # only what ends the process
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # off by default where there is only AVX2: twice the time
 
 
 @contextlib.contextmanager
-def _silence():
-    """Nothing on stderr: TensorFlow 2.20 and 2.21 write there on import and in the first run, at any log level."""
-    if sys.stderr is None:  # closed by who started this
+def _silenced():
+    """Keeps the console free of what TensorFlow 2.20 and 2.21 write to stderr as they start, at any log level.
+
+    What they write goes to another process, which prints it where the start fails. It also does where TensorFlow
+    ends this process, as it does on a processor without AVX.
+    """
+    listener = _start_listener()
+    if listener is None:
         yield
         return
     sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
+    console = os.dup(2)
+    os.dup2(listener.stdin.fileno(), 2)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # 1.15 on NumPy 1.17 to 1.19: FutureWarnings about dtypes
             yield
+        os.write(2, NOTHING_TO_SHOW)
+    except KeyboardInterrupt:
+        os.write(2, NOTHING_TO_SHOW)
+        raise
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
+        os.dup2(console, 2)
+        os.close(console)
+        listener.stdin.close()  # where there is something to show, it is shown before this process goes on
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            listener.wait(LISTENER_PATIENCE)
 
 
-with _silence():
-    import tensorflow.compat.v1 as tf
-    tf.logging.set_verbosity(tf.logging.ERROR)
-    tf.disable_v2_behavior()
+def _start_listener():
+    """A process that runs LISTENER, or None where there is no stderr or no such process can be had."""
+    if sys.stderr is None or not sys.executable:
+        return None
+    try:
+        os.fstat(2)
+        return subprocess.Popen([sys.executable, '-I', '-S', '-c', LISTENER],
+                                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    except OSError:
+        return None
 
 
-def _kernels():
+def _import():
+    """The module tensorflow.compat.v1, in graph mode."""
+    try:
+        import tensorflow.compat.v1 as tf
+        tf.logging.set_verbosity(tf.logging.ERROR)
+        tf.disable_v2_behavior()
+        return tf
+    except Exception as error:  # ImportError for a library, TypeError for a protobuf, AttributeError for a NumPy
+        # TensorFlow wraps the ImportError of a library into one that shows a traceback and links.
+        cause = error.__context__ if isinstance(error.__context__, ImportError) else error
+        raise InputError(f'TensorFlow cannot be imported ({type(cause).__name__}: {reason(cause)}); versions that fit '
+                         'together come with: pip install -r requirements.txt')
+
+
+def _kernels(tf):
     """Whose kernels do the convolutions here: 'GPU', 'oneDNN', 'MKL' (its forerunner), or 'Eigen', TensorFlow's own."""
     if tf.config.experimental.list_physical_devices('GPU'):
         return 'GPU'
@@ -55,19 +146,31 @@ def _kernels():
     return 'oneDNN' if os.environ['TF_ENABLE_ONEDNN_OPTS'] == '1' else 'Eigen'
 
 
-with _silence():
-    KERNELS = _kernels()
-if KERNELS == 'GPU':  # the same seed, the same result, which processors give anyway; read when kernels are chosen
-    os.environ.setdefault('TF_DETERMINISTIC_OPS', '1')    # by TensorFlow 2
-    os.environ.setdefault('TF_CUDNN_DETERMINISTIC', '1')  # by 1.15
-with _silence(), tf.Graph().as_default(), tf.Session(config=tf.ConfigProto(device_count={'GPU': 0})) as _session:
-    _session.run(tf.constant(0))  # the first run, without touching a GPU
-FILTERS = (16, 16, 32, 64)  # first convolution, then the three groups
-KERNEL = 3                  # height and width of every convolution
-BN_EPSILON = 0.001
-BN_MOMENTUM = 0.9
-LOSS_SCALE = 128            # keeps small gradients out of float16's last bits under mixed precision
+def _make_deterministic():
+    """The same seed, the same result on a GPU too; processors give that anyway."""
+    from tensorflow import config  # compat.v1 has no enable_op_determinism
+    if hasattr(config.experimental, 'enable_op_determinism'):
+        config.experimental.enable_op_determinism()
+    else:  # 1.15
+        os.environ.setdefault('TF_DETERMINISTIC_OPS', '1')
+        os.environ.setdefault('TF_CUDNN_DETERMINISTIC', '1')
 
+
+def _run_once(tf):
+    """The first run of a process, without a GPU: it writes to stderr too."""
+    with tf.Graph().as_default(), tf.Session(config=tf.ConfigProto(device_count={'GPU': 0})) as session:
+        session.run(tf.constant(0))
+
+
+def reason(error):
+    """What an error of TensorFlow says, in one line: without where in the graph, and without what led to it."""
+    text = str(error).split('\n\t [[')[0].strip()
+    return text.splitlines()[-1].strip() if text else type(error).__name__
+
+
+tf, KERNELS = _start_tensorflow()
+
+# ------------------------------------------------------------------------------ hardware
 
 def half_precision():
     """The type of 16 bits that this machine computes in faster than in 32, or None: for `mixed_precision`."""
@@ -75,15 +178,48 @@ def half_precision():
         from tensorflow.python.client import device_lib
         config = tf.ConfigProto()
         config.gpu_options.allow_growth = True
-        capabilities = re.findall(r'compute capability: (\d+)', ' '.join(
-            device.physical_device_desc for device in device_lib.list_local_devices(config)))
-        return tf.float16 if capabilities and min(map(int, capabilities)) >= 7 else None  # 7: tensor cores
+        descriptions = ' '.join(device.physical_device_desc for device in device_lib.list_local_devices(config))
+        capabilities = [int(major) for major in re.findall(r'compute capability: (\d+)', descriptions)]
+        return tf.float16 if capabilities and min(capabilities) >= 7 else None  # 7: tensor cores
+    fast = KERNELS == 'oneDNN' and re.search(r' (avx512_bf16|amx_bf16)\b', _cpuinfo())
+    return tf.bfloat16 if fast else None
+
+
+def device_name(session):
+    """What computes: '2 x Tesla T4', or 'CPU: ' with the processor's name and the cores that this process may use."""
+    gpus = sum(device.device_type == 'GPU' for device in session.list_devices())
+    if gpus:
+        return f'{gpus} x {_gpu_name()}'
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    match = re.search(r'model name\s*: (.*)', _cpuinfo())
+    processor = match.group(1) if match else platform.processor() or platform.machine()
+    return f'CPU: {processor}, 1 core' if cores == 1 else f'CPU: {processor}, {cores} cores'
+
+
+def _gpu_name():
+    """The first GPU's name, or 'GPU' where the driver's tool does not tell."""
+    try:
+        query = ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader']
+        return subprocess.check_output(query, universal_newlines=True).splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return 'GPU'
+
+
+def _cpuinfo():
+    """What Linux says of the processor; empty elsewhere."""
     try:
         with open('/proc/cpuinfo') as file:
-            fast = KERNELS == 'oneDNN' and re.search(r' (avx512_bf16|amx_bf16)\b', file.read())
+            return file.read()
     except OSError:
-        fast = False
-    return tf.bfloat16 if fast else None
+        return ''
+
+
+# ------------------------------------------------------------------------------ network
+
+FILTERS = (16, 16, 32, 64)  # first convolution, then the three groups
+KERNEL = 3                  # height and width of every convolution
+BN_EPSILON = 0.001
+BN_MOMENTUM = 0.9
 
 
 class ResNet:
@@ -102,11 +238,13 @@ class ResNet:
     and what changes the variables:
 
     training_X       X or, where the preset trains at low resolution first, float32 [N, S, S, 3], placeholder
-    training_loss, training_accuracy  float32 []; the loss by smoothed labels
+    training_loss, training_accuracy  float32 []; the loss by smoothed labels, of the variables before the step
     learning_rate    float32 [], placeholder
-    global_step      int64 [], variable: training steps done
+    global_step      int64 [], variable: training steps done, the skipped ones too
     train_step       one step of SGD with (Nesterov) momentum, or of Muon; it also moves the statistics
-    finite           bool [], no variable holds an infinity or what is no number
+    skipped          bool [], the step's gradients were beyond float16, and nothing moved but the global step and the
+                     loss scale: training_loss may then be infinite or not a number, and this is no divergence
+    finite           bool [], no variable holds an infinity or what is not a number
     refresh_statistics(session, batches)
     """
 
@@ -114,7 +252,7 @@ class ResNet:
         self.preset = preset
         self.X = tf.placeholder(tf.float32, [None, 32, 32, 3], name='X')
         self.Y = tf.placeholder(tf.float32, [None, preset.num_classes], name='Y')
-        self._moves = []  # assignments to the moving statistics
+        self._batch_statistics = []  # (moving statistic, a variable; that of the training batch)
         self.logits = self._network(self.X, training=False)
         with tf.name_scope('logit/'):
             self.predictions = tf.argmax(self.logits, 1, name='predictions')
@@ -131,29 +269,23 @@ class ResNet:
                 self.training_X = tf.placeholder(tf.float32, [None, None, None, 3], name='X')
             self.learning_rate = tf.placeholder(tf.float32, [], name='learning_rate')
             self._statistics_momentum = tf.placeholder_with_default(BN_MOMENTUM, [], name='statistics_momentum')
+            self._training_type = half_precision() if self.preset.mixed_precision else tf.float32
             logits = self._network(self.training_X, training=True)
             self.training_loss, self.training_accuracy = self._loss_and_accuracy(logits, self.preset.label_smoothing)
-            self._move_statistics = tf.group(*self._moves)
-            if self.preset.muon_lr:
-                optimizer = Muon(self.preset, self.learning_rate)
+            self._move_statistics = self._statistics_moves()
+            optimizer = self._optimizer()
+            if self._training_type == tf.float16:
+                self.train_step, self.skipped = self._step_within_float16(optimizer)
             else:
-                optimizer = tf.train.MomentumOptimizer(self.learning_rate, self.preset.momentum,
-                                                       use_nesterov=self.preset.nesterov)
-            if self.preset.mixed_precision:
-                gradients = [(gradient / LOSS_SCALE, variable) for gradient, variable in
-                             optimizer.compute_gradients(self.training_loss * LOSS_SCALE)]
-            else:
-                gradients = optimizer.compute_gradients(self.training_loss)
-            with tf.control_dependencies(self._moves):
-                self.train_step = optimizer.apply_gradients(gradients, self.global_step)
-            self.finite = tf.reduce_all([tf.reduce_all(tf.is_finite(variable)) for variable in tf.global_variables()
-                                         if variable.dtype.base_dtype == tf.float32])
+                self.train_step, self.skipped = self._step(optimizer), tf.constant(False)
+            self.finite = _all_finite(variable for variable in tf.global_variables()
+                                      if variable.dtype.base_dtype == tf.float32)
 
     def refresh_statistics(self, session, batches):
         """Sets the moving statistics to their plain average over `batches` of images, at the weights as they are.
 
         Moving averages lag behind weights that still change fast: on the 2020 study's preset 2 they
-        cost 4.6 points of test accuracy. Do this before the network is judged or saved.
+        cost 4.6 points of test accuracy. Do this before the network is evaluated or saved for it.
         """
         for k, images in enumerate(batches):
             session.run(self._move_statistics, {self.training_X: images, self._statistics_momentum: k / (k + 1)})
@@ -166,40 +298,44 @@ class ResNet:
 
     def _network(self, x, training):
         """X [N, 32, 32, 3] to logits [N, num_classes]."""
-        if training and self.preset.mixed_precision:
-            x = tf.cast(x, half_precision())
-        with tf.variable_scope('init', reuse=training):
-            x = _convolution(x, self._kernel('init_conv', x, FILTERS[0]))          # [N, 32, 32, 16]
-        for group in (1, 2, 3):
-            for i in range(self.preset.num_residual_units):
-                stride = 2 if group > 1 and i == 0 else 1                          # [N, 16, 16, 32] from unit_2_0,
-                with tf.variable_scope('unit_{}_{}'.format(group, i), reuse=training):  # [N, 8, 8, 64] from unit_3_0
-                    x = self._unit(x, FILTERS[group], stride, training, activate_before_split=group == 1 and i == 0)
-        with tf.variable_scope('unit_last', reuse=training):
-            x = self._activation(x, 'final_bn', training)
-        x = tf.reduce_mean(tf.cast(x, tf.float32), [1, 2])                         # [N, 64]
-        with tf.variable_scope('logit', reuse=training):
-            return self._fully_connected(x, self.preset.num_classes)               # [N, num_classes]
+        with tf.variable_scope(tf.get_variable_scope(), reuse=training):
+            if training:
+                x = tf.cast(x, self._training_type)
+            with tf.variable_scope('init'):
+                x = _convolution(x, self._kernel('init_conv', x, FILTERS[0]))  # [N, 32, 32, 16]
+            x = self._group(1, x, training)                                    # [N, 32, 32, 16]
+            x = self._group(2, x, training)                                    # [N, 16, 16, 32]
+            x = self._group(3, x, training)                                    # [N, 8, 8, 64]
+            with tf.variable_scope('unit_last'):
+                x = self._activation(x, 'final_bn', training)
+            x = tf.reduce_mean(tf.cast(x, tf.float32), [1, 2])                 # [N, 64]
+            with tf.variable_scope('logit'):
+                return self._fully_connected(x, self.preset.num_classes)       # [N, num_classes]
+
+    def _group(self, group, x, training):
+        """Residual units of the same width; the first one of groups 2 and 3 halves height and width."""
+        for i in range(self.preset.num_residual_units):
+            first = i == 0
+            with tf.variable_scope(f'unit_{group}_{i}'):
+                x = self._unit(x, FILTERS[group], stride=2 if first and group > 1 else 1, training=training,
+                               activate_before_split=first and group == 1)
+        return x
 
     def _unit(self, x, filters, stride, training, activate_before_split):
         """Two convolutions, each after its activation, plus the shortcut; the second one strides."""
-        if activate_before_split:
-            with tf.variable_scope('common_activation'):
-                shortcut = x = self._activation(x, 'init_bn', training)
-        else:
-            shortcut = x
-            with tf.variable_scope('residual_activation'):
-                x = self._activation(x, 'init_bn', training)
+        with tf.variable_scope('common_activation' if activate_before_split else 'residual_activation'):
+            activated = self._activation(x, 'init_bn', training)
+        shortcut = activated if activate_before_split else x
         with tf.variable_scope('sub1'):
-            kernel = self._kernel('conv1', x, filters)
+            kernel = self._kernel('conv1', activated, filters)
         with tf.variable_scope('sub2'):
             if training:
-                x = self._activation(_convolution(x, kernel), 'bn2', training)
+                x = self._activation(_convolution(activated, kernel), 'bn2', training)
             else:
                 # The moving statistics only scale and shift, which the convolution does at no cost.
                 with tf.variable_scope('bn2'):
                     scale, shift = _scale_and_shift(*self._statistics(filters))
-                x = tf.nn.bias_add(_convolution(x, kernel * scale), shift)
+                x = tf.nn.bias_add(_convolution(activated, kernel * scale), shift)
                 x = _leaky_relu(x, self.preset.relu_leakiness, training)
             x = _convolution(x, self._kernel('conv2', x, filters), stride)
         return x + _match(shortcut, filters, stride)
@@ -210,18 +346,16 @@ class ResNet:
         """Batch normalization, then leaky ReLU; shape unchanged."""
         with tf.variable_scope(name):
             beta, gamma, mean, variance = self._statistics(x.shape[-1].value)
-            if not training and KERNELS == 'oneDNN':  # fuses a convolution with what follows it, but not this
+            if training:
+                x, *batch = tf.nn.fused_batch_norm(x, gamma, beta, epsilon=BN_EPSILON, is_training=True)
+                self._batch_statistics += zip((mean, variance), batch)
+            elif KERNELS == 'oneDNN':  # fuses a convolution with what follows it, but not fused_batch_norm
                 scale, shift = _scale_and_shift(beta, gamma, mean, variance)
                 scale = tf.reshape(scale, [1, 1, -1, 1])
                 x = tf.nn.depthwise_conv2d_native(x, scale, strides=[1, 1, 1, 1], padding='SAME')
                 x = tf.nn.bias_add(x, shift)
-            elif not training:
-                x = tf.nn.fused_batch_norm(x, gamma, beta, mean, variance, BN_EPSILON, is_training=False)[0]
             else:
-                x, *batch = tf.nn.fused_batch_norm(x, gamma, beta, epsilon=BN_EPSILON, is_training=True)
-                for moving, now in zip((mean, variance), batch):
-                    momentum = self._statistics_momentum  # at 0 what was before leaves no trace, not even by rounding
-                    self._moves.append(tf.assign(moving, moving * momentum + now * (1 - momentum)))
+                x = tf.nn.fused_batch_norm(x, gamma, beta, mean, variance, BN_EPSILON, is_training=False)[0]
         return _leaky_relu(x, self.preset.relu_leakiness, training)
 
     def _statistics(self, channels):
@@ -248,9 +382,9 @@ class ResNet:
 
     def _seed(self, scope):
         """A kernel's seed depends on the run's seed and its name, not on what else is in the graph."""
-        return zlib.crc32('{} {}'.format(self.preset.seed, scope.name).encode()) & 0x7fffffff
+        return zlib.crc32(f'{self.preset.seed} {scope.name}'.encode()) & 0x7fffffff
 
-    # -------------------------------------------------------------------------- judgement
+    # -------------------------------------------------------------------------- loss and step
 
     def _loss_and_accuracy(self, logits, smoothing=0.0):
         with tf.name_scope('loss'):
@@ -264,6 +398,76 @@ class ResNet:
         with tf.name_scope('accuracy'):
             hits = tf.equal(tf.argmax(logits, 1), tf.argmax(self.Y, 1))
             return loss, tf.reduce_mean(tf.cast(hits, tf.float32), name='accuracy')
+
+    def _statistics_moves(self):
+        """An op that moves the moving statistics towards those of the training batch."""
+        momentum = self._statistics_momentum  # at 0 what was before leaves no trace, not even by rounding
+        return tf.group(*[tf.assign(moving, moving * momentum + batch * (1 - momentum))
+                          for moving, batch in self._batch_statistics])
+
+    def _optimizer(self):
+        preset = self.preset
+        if preset.muon_lr:
+            return Muon(preset, self.learning_rate)
+        return tf.train.MomentumOptimizer(self.learning_rate, preset.momentum, use_nesterov=preset.nesterov)
+
+    def _step(self, optimizer):
+        """The op of a training step."""
+        gradients = optimizer.compute_gradients(self.training_loss)
+        # The loss reads kernels for their L2 loss: the step comes after, or it would change what is read.
+        with tf.control_dependencies([self._move_statistics, self.training_loss]):
+            return optimizer.apply_gradients(gradients, self.global_step)
+
+    def _step_within_float16(self, optimizer):
+        """The op of a training step that is skipped where its gradients are beyond float16, and whether it is."""
+        scale = LossScale()
+        gradients = scale.compute_gradients(optimizer, self.training_loss)
+        skipped = scale.overflow([self.training_loss] + [gradient for gradient, _ in gradients])
+
+        def move():
+            with tf.control_dependencies([self._statistics_moves()]):
+                return optimizer.apply_gradients(gradients)
+
+        with tf.control_dependencies([tf.cond(skipped, tf.no_op, move), scale.update(skipped)]):
+            return tf.assign_add(self.global_step, 1).op, skipped
+
+
+def _all_finite(tensors):
+    """bool []: among these float32 tensors' numbers is no infinity, and nothing that is not a number."""
+    return tf.reduce_all(tf.is_finite(tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)))
+
+
+class LossScale:
+    """Brings gradients into the range of float16 (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2).
+
+    The loss is multiplied by the scale, and its gradients are divided by it. Where they overflow, the step is to be
+    skipped, and the scale is halved; after GOOD_STEPS in a row without that it is doubled. At a scale of 1 no step
+    is skipped: what overflows then is the training itself. The scale, a power of two, rounds nothing. It is
+    part of a checkpoint, and so is the count of good steps.
+    """
+    FIRST = 128.0
+    GOOD_STEPS = 2000
+
+    def __init__(self):
+        with tf.variable_scope('loss_scale'):
+            self.scale = tf.get_variable('scale', initializer=self.FIRST, trainable=False)
+            self.good_steps = tf.get_variable('good_steps', initializer=0, trainable=False)
+
+    def compute_gradients(self, optimizer, loss):
+        """As the optimizer's: pairs of a gradient, which may hold what is not finite, and its variable."""
+        return [(gradient / self.scale, variable)
+                for gradient, variable in optimizer.compute_gradients(loss * self.scale)]
+
+    def overflow(self, tensors):
+        """bool []: the step that computed these is to be skipped."""
+        return tf.logical_and(tf.logical_not(_all_finite(tensors)), self.scale > 1)
+
+    def update(self, overflow):
+        """The op that sets the scale for the next step."""
+        good_steps = tf.where(overflow, 0, self.good_steps + 1)
+        factor = tf.where(overflow, 0.5, tf.where(tf.equal(good_steps, self.GOOD_STEPS), 2.0, 1.0))
+        return tf.group(tf.assign(self.scale, self.scale * factor),
+                        tf.assign(self.good_steps, good_steps % self.GOOD_STEPS))
 
 
 class Muon(tf.train.MomentumOptimizer):
@@ -288,10 +492,10 @@ class Muon(tf.train.MomentumOptimizer):
         if len(kernel.shape) != 4:
             return super()._apply_dense(gradient, kernel)
         preset, slot = self.preset, self.get_slot(kernel, 'momentum')
-        step = moved = tf.assign(slot, preset.momentum * slot + gradient)
-        if preset.nesterov:
-            step = gradient + preset.momentum * moved
-        step = tf.transpose(_orthogonal(tf.transpose(tf.reshape(step, [-1, kernel.shape[-1].value]))))
+        momentum = tf.assign(slot, preset.momentum * slot + gradient)
+        direction = gradient + preset.momentum * momentum if preset.nesterov else momentum
+        matrix = tf.reshape(direction, [-1, kernel.shape[-1].value])         # [9 * inputs, filters]
+        step = tf.transpose(_orthogonal(tf.transpose(matrix)))
         rate = self.learning_rate * preset.muon_lr / preset.lr
         decay = self.learning_rate * preset.l2_reg_lambda / (1 - preset.momentum)
         return tf.assign_sub(kernel, rate * tf.reshape(step, kernel.shape) + decay * kernel).op
@@ -352,10 +556,63 @@ def _leaky_relu(x, slope, training):
         return tf.nn.relu(x)
     if not training:
         return tf.nn.leaky_relu(x, slope)
+    return _with_gradient_by_output(x, slope)
 
+
+def _with_gradient_by_output(x, slope):
+    """Leaky ReLU whose gradient looks at the output, which has the input's sign: the input need not be kept."""
     @tf.custom_gradient
-    def trained(x):
-        """Its gradient looks at the output, which has the input's sign: the input need not be kept."""
+    def leaky_relu(x):
         y = tf.nn.leaky_relu(x, slope)
         return y, lambda dy: tf.raw_ops.LeakyReluGrad(gradients=dy, features=y, alpha=slope)
-    return trained(x)
+    return leaky_relu(x)
+
+
+# ------------------------------------------------------------------------------ session
+
+EVALUATION_BATCH = 250  # images; more are hardly faster, and cost memory
+EVALUATED_AT_ONCE = 2   # batches: one is computed while the other is between two operations, or is prepared
+
+
+def make_session(preset):
+    """The one place where a session is made, on the current default graph."""
+    config = tf.ConfigProto(allow_soft_placement=preset.allow_soft_placement,
+                            log_device_placement=preset.log_device_placement)
+    config.gpu_options.allow_growth = True  # leaves the rest of the GPU's memory to others
+    if preset.xla and KERNELS == 'GPU':
+        config.graph_options.optimizer_options.global_jit_level = tf.OptimizerOptions.ON_1
+    return tf.Session(config=config)
+
+
+def evaluate(net, session, images, labels, desc='testing'):
+    """Puts uint8 [N, 32, 32, 3] and int64 [N] through the inference form; `desc` names the work to the progress bar.
+
+    Returns the mean loss, a float, and the predictions, int64 [N]. Where the memory runs out, it goes on with
+    smaller batches. Raises InputError where one image is too large.
+    """
+    batch, losses, predictions, done = EVALUATION_BATCH, [], [], 0
+    with data_helpers.Progress(total=len(images), desc=desc, unit='images') as progress:
+        while done < len(images):
+            try:
+                for loss, predicted in _evaluate_batches(net, session, images[done:], labels[done:], batch):
+                    losses.append(loss * len(predicted))
+                    predictions.append(predicted)
+                    done += len(predicted)
+                    progress.update(len(predicted))
+            except tf.errors.ResourceExhaustedError as error:
+                if batch == 1:
+                    raise InputError(f'the memory is too small for {desc}, even one image at a time ({reason(error)})')
+                batch //= 2
+    return float(sum(losses)) / len(images), np.concatenate(predictions)
+
+
+def _evaluate_batches(net, session, images, labels, batch):
+    """Yields the mean loss and the predictions of one batch of images after the other."""
+    def run(start):
+        part = slice(start, start + batch)
+        return session.run([net.loss, net.predictions], {
+            net.X: data_helpers.scale(images[part]),
+            net.Y: data_helpers.one_hot(labels[part], net.preset.num_classes)})
+
+    with concurrent.futures.ThreadPoolExecutor(EVALUATED_AT_ONCE) as pool:
+        yield from pool.map(run, range(0, len(images), batch))

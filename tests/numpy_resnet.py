@@ -21,7 +21,7 @@ def convolution(x, kernel, stride):
 
 
 def activation(x, variables, name, leakiness):
-    gamma, beta, mean, variance = (variables.pop('{}/{}'.format(name, part))
+    gamma, beta, mean, variance = (variables.pop(f'{name}/{part}')
                                    for part in ('gamma', 'beta', 'moving_mean', 'moving_variance'))
     x = (x - mean) / np.sqrt(variance + 0.001) * gamma + beta
     return np.where(x > 0, x, leakiness * x)
@@ -32,7 +32,7 @@ def logits(x, variables, num_residual_units, leakiness):
     x = convolution(x, variables.pop('init/init_conv/DW'), 1)
     for group, filters in ((1, 16), (2, 32), (3, 64)):
         for i in range(num_residual_units):
-            unit = 'unit_{}_{}/'.format(group, i)
+            unit = f'unit_{group}_{i}/'
             shortcut = x
             if unit == 'unit_1_0/':
                 shortcut = y = activation(x, variables, unit + 'common_activation/init_bn', leakiness)
