@@ -1,12 +1,17 @@
 import collections
+import errno
 import os
 import pickle
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from presets_and_results import (COLUMNS, NAMES, PRESETS, InputError, Preset, check_output_dir, load_preset,
-                                 load_presets, make_preset, read_preset, start_run, write_atomically)
+from data_helpers import InputError, write_atomically
+from presets_and_results import (COLUMNS, FIELDS, HYPERPARAMETERS, NAMES, PRESETS, PROJECT_DIR, Preset, check_output_dir,
+                                 load_preset, load_presets, locked, make_preset, read_preset, start_run)
 
 TABLE = {  # the study's
     1: ('ResNet32', 0.1, 1, 0.001, 0.1, 5),
@@ -60,7 +65,7 @@ def test_columns_begin_as_in_2020():
     ({'lr': -1}, 'lr'), ({'lr': 0}, 'lr'), ({'lr_decay': 1.1}, 'lr_decay'), ({'num_residual_units': 0}, 'num_res'),
     ({'num_classes': 9}, 'num_classes'), ({'data_augmentation': 'maybe'}, 'true or false'),
     ({'seed': -1}, 'seed must be a whole number from 0 to 4294967295'),
-    ({'max_steps': 0}, 'max_steps'), ({'max_steps': 1.5}, 'max_steps'), ({'learning_rate': 1}, 'learning_rate'),
+    ({'max_steps': -1}, 'max_steps'), ({'max_steps': 1.5}, 'max_steps'), ({'learning_rate': 1}, 'learning_rate'),
     ({'relu_leakiness': [0.1]}, 'relu_leakiness'), ({'device': 7}, 'device must be text')])
 def test_bad_values_are_refused(overrides, message):
     with pytest.raises(InputError, match=message):
@@ -119,10 +124,10 @@ class Touch:
     ({'device': collections.OrderedDict()}, 'collections.OrderedDict'),
     ({'val_accuracy': np.zeros(3)}, r'numpy\.\w*core\.multiarray\._reconstruct'),
     ({'device': ['a']}, 'device is of type list'),
-    ({'surprise': 1}, 'surprise'), ({7: 1}, 'unknown preset attribute 7'), ({'self': 1}, 'self'),
-    ({'batch_size': 10 ** 5000}, 'batch_size is too large a number'), ({'a\x1b[2J': []}, r'a\?\[2J is of type list'),
+    ({'surprise': 1}, 'surprise'), ({7: 1}, 'keys that are neither text nor bytes'), ({'self': 1}, 'self'),
+    ({'batch_size': 10 ** 5000}, 'LONG4'), ({'batch_size': 1 << 99}, 'batch_size is too large a number'), ({'a\x1b[2J': []}, r'a\?\[2J is of type list'),
     ({'timestamp': '../../etc'}, 'timestamp'), ({'lr': 'abc'}, 'lr'),
-    ({'val_accuracy': np.complex64(1)}, 'val_accuracy'), ({'device': Preset()}, 'device')])
+    ({'seed': None}, 'seed must be a whole number .* not None'), ({'val_accuracy': np.complex64(1)}, 'val_accuracy'), ({'device': Preset()}, 'device')])
 def test_anything_but_plain_values_is_refused_by_name(state, message, tmp_path, capsys):
     old_pickle(tmp_path, name='1_7', timestamp=7)
     bad = old_pickle(tmp_path, state=state)
@@ -210,8 +215,104 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     write_atomically(str(path), b'old')
 
     def full(*arguments):
-        raise OSError('no space left')
+        raise OSError(errno.ENOSPC, 'no space left')
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError):
         write_atomically(str(path), b'new')
     assert path.read_bytes() == b'old' and os.listdir(str(tmp_path)) == ['a']
+
+
+def test_a_record_from_a_notebook_is_data_too(tmp_path):
+    """There the class was __main__.Preset."""
+    path = old_pickle(tmp_path)
+    content = path.read_bytes()
+    assert b'presets_and_results' in content
+    path.write_bytes(content.replace(b'cpresets_and_results\n', b'c__main__\n'))
+    assert read_preset(str(path)).val_accuracy == 0.5
+
+
+@pytest.mark.parametrize('name, warned', [
+    ('1_30 (1).pickle', True), ('1_30_backup.pickle', True), ('._1_30.pickle', False), ('1_30.pickle~', False)])
+def test_a_copy_is_no_record(name, warned, tmp_path, capsys):
+    old_pickle(tmp_path, name='1_30', timestamp=30, val_accuracy=0.1)
+    copy = old_pickle(tmp_path, name='1_31', timestamp=30, val_accuracy=0.9)
+    copy.rename(copy.parent / name)
+    (run,) = load_presets(str(tmp_path))
+    assert run.val_accuracy == 0.1
+    err = capsys.readouterr().err
+    assert (f'{name} is left out: the record of run 30 has another name' in err) == warned and err.count('\n') == warned
+
+
+def test_a_killed_training_counts_as_interrupted_and_one_at_work_does_not(tmp_path):
+    preset = make_preset(0, status='training')
+    check_output_dir(str(tmp_path))
+    start_run(preset, str(tmp_path))
+    preset.save(str(tmp_path))
+    assert load_preset(str(tmp_path)).status == 'interrupted'
+    code = (f'import sys, time; sys.path.insert(0, {PROJECT_DIR!r}); from presets_and_results import load_preset, locked; '
+            f'preset = load_preset({str(tmp_path)!r})\n'
+            f'with locked(preset, {str(tmp_path)!r}): print("held", flush=True); time.sleep(60)')
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b'held\n'
+        assert load_preset(str(tmp_path)).status == 'training'
+        with pytest.raises(InputError, match='is in use by another process'):
+            with locked(preset, str(tmp_path)):
+                pass
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize('link', ['', 'checkpoints', 'summaries'])
+def test_a_run_folder_that_is_a_link_is_refused(link, tmp_path):
+    preset = make_preset(0)
+    check_output_dir(str(tmp_path / 'out'))
+    folder = start_run(preset, str(tmp_path / 'out'))
+    (tmp_path / 'elsewhere').mkdir()
+    if not link:
+        os.rmdir(folder)
+    os.symlink(str(tmp_path / 'elsewhere'), os.path.join(folder, link) if link else folder)
+    with pytest.raises(InputError, match='is a symbolic link'):
+        with locked(preset, str(tmp_path / 'out')):
+            pass
+
+
+@pytest.mark.parametrize('name', ['a[1]', 'a*', 'a?', 'a\\b'])
+def test_a_folder_that_tensorflow_would_glob_is_refused_before_the_first_step(name, tmp_path):
+    with pytest.raises(InputError, match='TensorFlow cannot restore checkpoints from a folder with .* in its name'):
+        check_output_dir(str(tmp_path / name / 'out'))
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_leavings_are_tidied_and_nothing_else(tmp_path):
+    check_output_dir(str(tmp_path))
+    old = time.time() - 2 * 3600
+    empty, locked_only, full, young = [tmp_path / 'runs' / name for name in ('1', '2', '3', '4')]
+    for folder in (empty, locked_only, full, young):
+        folder.mkdir()
+    (locked_only / '.lock').write_bytes(b'')
+    (full / 'thesis.docx').write_bytes(b'mine')
+    torn = [tmp_path / 'INFOS' / 'pickles' / name for name in ('0_5.pickle.unfinished-1a2b', '0_5.pickle.abcd_123')]
+    kept = [tmp_path / 'INFOS' / 'pickles' / name for name in ('0_5.pickle', '0_5.pickle.zip', 'notes.txt')]
+    for path in torn + kept:
+        path.write_bytes(b'x')
+    for path in [empty, locked_only, locked_only / '.lock', full] + torn + kept:
+        os.utime(str(path), (old, old))
+    check_output_dir(str(tmp_path))
+    assert sorted(os.listdir(str(tmp_path / 'runs'))) == ['3', '4'] and (full / 'thesis.docx').exists()
+    assert sorted(os.listdir(str(tmp_path / 'INFOS' / 'pickles'))) == sorted(path.name for path in kept)
+
+
+def test_a_log_without_a_header_keeps_its_first_line(tmp_path):
+    (tmp_path / 'INFOS').mkdir()
+    path = tmp_path / 'INFOS' / 'train_overall.txt'
+    path.write_text('1\tResNet32\n')
+    make_preset(2, timestamp=5).log(str(tmp_path), 'train_overall.txt')
+    lines = path.read_text().splitlines()
+    assert lines[0].split('\t') == list(COLUMNS) and lines[1] == '1\tResNet32' and len(lines) == 3
+
+
+def test_every_field_is_documented_and_every_flag_is_a_field():
+    assert set(HYPERPARAMETERS) < set(FIELDS) and all(field.meaning for field in FIELDS.values())
+    assert vars(Preset()) == {name: getattr(Preset, name) for name in COLUMNS}
