@@ -1,16 +1,16 @@
-"""Trains one preset on CIFAR-10, keeps the best and the latest weights, and records what came out.
+"""Trains presets on CIFAR-10, keeps the best and the latest weights, and records what came out.
 
     python resnet_train.py --preset 4
     python resnet_train.py --preset 4 --lr 0.05 --seed 1 --max_steps 2000
-    python resnet_train.py --resume
+    python resnet_train.py --preset fast --seeds 3       seeds 0, 1 and 2; again: what is missing of them
+    python resnet_train.py --resume                      the newest interrupted run
 
-Ctrl-C once ends a training cleanly: validated, saved and recorded. Twice breaks it off. Whatever stopped
-it, --resume goes on as if nothing had: on a CPU, with the same TensorFlow, to the same weights to the last bit.
+Ctrl-C once ends a training cleanly: validated, saved and recorded. Twice breaks it off. Any stopped run can be
+resumed: on a CPU, with the same TensorFlow, to the same weights to the last bit.
 """
+import argparse
 import collections
-import concurrent.futures
 import contextlib
-import glob
 import itertools
 import math
 import os
@@ -24,26 +24,27 @@ import time
 import numpy as np
 
 import data_helpers
-from presets_and_results import (FIELDS, HYPERPARAMETERS, NAMES, NEWEST, RECIPE, ArgumentParser, Field, InputError,
-                                 ProgressLine, check_output_dir, exit_on_input_error, load_preset, load_presets, locked,
-                                 make_preset, read_preset, start_run)
+from data_helpers import PROJECT_DIR, ArgumentParser, InputError, Progress, console_log, exit_on_input_error, warn
+from presets_and_results import (FIELDS, HYPERPARAMETERS, MODEL, NAMES, NEWEST, RECIPE, RESUME, Number, Preset, Switch,
+                                 best_checkpoint, check_output_dir, command, load_preset, load_presets, locked,
+                                 make_preset, read_preset, start_run, state)
 # TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
 
 DECAY_STEPS = 24000       # training steps between decays of the learning rate
 SUMMARY_EVERY = 10        # training steps between points of the training curves
-EVALUATION_BATCH = 250    # images; more are hardly faster, and cost memory
-EVALUATED_AT_ONCE = 2     # batches: one is computed while the other is between two operations, or is prepared
-REFRESH_IMAGES = 4000     # training images that the statistics are averaged over before a network is judged
+REFRESH_IMAGES = 4000     # training images over which batch-norm statistics are averaged before a validation
 REFRESH_BATCH = 500       # images
-BEST_OR_LATEST = 'model'  # name of a checkpoint
-TO_RESUME = 'resume'      # name of one to go on from: its statistics are not fit to judge by
 OPTIONS = ('nesterov', 'muon_lr', 'label_smoothing', 'data_augmentation', 'random_erasing', 'mixup',
            'low_resolution_epochs', 'mixed_precision', 'xla')  # of a recipe: named where they are on
-UNFINISHED = ('training', 'interrupted')  # status of what can be resumed
-HOW_MANY = Field(int, 1, 1000, 'seeds')
+HOW_MANY_SEEDS = Number(None, int, 1, 1000, 'seeds')
 HPARAMS_METRICS = (('dev', 'best_accuracy'), ('dev', 'accuracy'), ('dev', 'loss'), ('train', 'loss'),
                    ('train', 'images_per_second'))
+ALL = 'all'               # in place of a timestamp
+CONSOLE_LOG = 'console.log'  # in runs/<timestamp>/
+CHECKPOINT_FILE = re.compile(rf'({MODEL}|{RESUME})-\d+\.(index|data-\d+-of-\d+)(\.tempstate\d*)?\Z')
 
+
+# ------------------------------------------------------------------------------ the recipe
 
 def learning_rate(preset, step, steps_per_epoch):
     """The rate of training step `step`, counted from 0; a pure function.
@@ -57,210 +58,217 @@ def learning_rate(preset, step, steps_per_epoch):
     if step < warmup:
         return preset.lr * (step + 1) / (warmup + 1)
     if preset.schedule == 'step':
-        milestones = [int(milestone) for milestone in (preset.lr_milestones or '').split(',') if milestone]
-        passed = sum(step >= milestone for milestone in milestones) if milestones else step // DECAY_STEPS
-        return preset.lr * preset.lr_decay ** passed
+        return preset.lr * preset.lr_decay ** _decays(preset, step)
     part = (step - warmup) / (end - warmup)
-    return preset.lr * (1 - part if preset.schedule == 'one-cycle' else (1 + math.cos(math.pi * part)) / 2)
+    if preset.schedule == 'one-cycle':
+        return preset.lr * (1 - part)
+    return preset.lr * (1 + math.cos(math.pi * part)) / 2
 
 
-def in_words(preset):
-    """The recipe, for the console."""
-    warmup = ' after {:g} epochs of warm-up, then'.format(preset.warmup_epochs) if preset.warmup_epochs else ''
-    course = dict(step='x {:g} '.format(preset.lr_decay) + (
-        'at steps ' + preset.lr_milestones.replace(',', ', ') if preset.lr_milestones
-        else 'every {:,} steps'.format(DECAY_STEPS)), cosine='to 0 as a cosine')
-    course['one-cycle'] = 'linearly to 0'
-    words = ['learning rate {:g}{} {}'.format(preset.lr, warmup, course[preset.schedule]),
-             'L2 {:g}'.format(preset.l2_reg_lambda), 'batch {}'.format(preset.batch_size),
-             'momentum {:g}'.format(preset.momentum)]
+def _decays(preset, step):
+    """How often the step schedule has multiplied the rate by lr_decay before `step`."""
+    if preset.lr_milestones:
+        return sum(step >= int(milestone) for milestone in preset.lr_milestones.split(','))
+    return step // DECAY_STEPS
+
+
+def describe_recipe(preset):
+    """The recipe in a line, for the console."""
+    words = [f'learning rate {preset.lr:g}{_course(preset)}', f'L2 {preset.l2_reg_lambda:g}',
+             f'batch {preset.batch_size}', f'momentum {preset.momentum:g}']
     for name in OPTIONS:
         value = getattr(preset, name)
-        if value:
-            words.append(name.replace('_', ' ') + ('' if value is True else ' {:g}'.format(value)))
-    return ', '.join(words + ['seed {}'.format(preset.seed)])
+        if value is True:
+            words.append(name.replace('_', ' '))
+        elif value:
+            words.append(f'{name.replace("_", " ")} {value:g}')
+    return ', '.join(words + [f'seed {preset.seed}'])
 
 
-def make_session(preset):
-    """The one place where a session is made, on the current default graph."""
-    from resnet import KERNELS, tf
-    config = tf.ConfigProto(allow_soft_placement=preset.allow_soft_placement,
-                            log_device_placement=preset.log_device_placement)
-    config.gpu_options.allow_growth = True  # leaves the rest of the GPU's memory to others
-    if preset.xla and KERNELS == 'GPU':
-        config.graph_options.optimizer_options.global_jit_level = tf.OptimizerOptions.ON_1
-    return tf.Session(config=config)
+def _course(preset):
+    """The learning rate schedule in words, to follow the rate."""
+    warmup = f' after {preset.warmup_epochs:g} epochs of warm-up, then' if preset.warmup_epochs else ','
+    if preset.schedule == 'one-cycle':
+        return f'{warmup} linearly to 0'
+    if preset.schedule == 'cosine':
+        return f'{warmup} to 0 as a cosine'
+    if preset.lr_decay == 1:
+        return f'{warmup} constant'
+    places = f'every {DECAY_STEPS:,} steps'
+    if preset.lr_milestones:
+        places = 'at steps ' + preset.lr_milestones.replace(',', ', ')
+    return f'{warmup.rstrip(",")} x {preset.lr_decay:g} {places}'
 
+
+# ------------------------------------------------------------------------------ the loop
 
 def train(preset, data_dir, output_dir, resume=False):
-    """Trains `preset` (a Preset), or goes on with its run, and returns it with its results, which are then on disk.
+    """Trains `preset` (a Preset), or resumes its run, and returns it with its results, which are then on disk.
 
-    CIFAR-10 is in data_dir or is fetched to it; INFOS/ and runs/ go to output_dir.
-    Raises InputError on data or folders that cannot be used, and where the loss is no longer finite.
+    CIFAR-10 is in data_dir or is fetched to it; INFOS/ and runs/ go to output_dir. Raises InputError on data or
+    folders that cannot be used, and where the loss is no longer finite.
     """
     check_output_dir(output_dir)
     images, labels = data_helpers.load(data_dir, data_helpers.TRAIN_FILES)
     training, validation = [(images[part], labels[part]) for part in data_helpers.split(len(labels), preset.seed)]
     del images
-
     print('Loading TensorFlow ...', flush=True)
-    from resnet import KERNELS, ResNet, half_precision, tf
-    if preset.mixed_precision and not half_precision():
-        raise InputError('mixed_precision needs a GPU of compute capability 7 or more, or a processor with AVX512_BF16 '
-                         'or AMX under today\'s TensorFlow; here it would only cost accuracy: leave it out')
-    if preset.xla and KERNELS != 'GPU':
-        raise InputError('xla is for GPUs, and TensorFlow sees none; it would slow the training here: leave it out')
+    import resnet
+    _check_hardware(preset, resnet)
     if not resume:
         start_run(preset, output_dir)
-    with locked(preset, output_dir), tf.Graph().as_default():
-        if resume and vars(read_preset(preset.pickle_path(output_dir))) != vars(preset):
-            raise InputError('run {} has gone on in other hands meanwhile'.format(preset.timestamp))
-        net = ResNet(preset)
-        with make_session(preset) as session, _stop_request() as stop, _batch_size_named(preset):
-            run = Run(preset, net, session, output_dir, len(training[0]), resume)
-            run.announce(data_dir, len(training[0]), len(validation[0]))
+    log = os.path.join(preset.run_dir(output_dir), CONSOLE_LOG)
+    with locked(preset, output_dir), console_log(log), resnet.tf.Graph().as_default():
+        if resume:
+            _check_unchanged(preset, output_dir)
+        net = resnet.ResNet(preset)
+        with resnet.make_session(preset) as session, _stop_request(preset, data_dir, output_dir) as stop:
+            run = Run(preset, net, session, data_dir, output_dir, len(training[0]), resume)
+            run.announce(len(training[0]), len(validation[0]))
             session.graph.finalize()  # from here on nothing may add to it, which would slow every step
-            steps = range(preset.steps + 1, run.last_step + 1)
-            for step, (x, y) in zip(steps, run.batches(*training)):
-                run.train_step(step, x, y)
-                ending = step == run.last_step or bool(stop)
-                validating = ending or step % preset.evaluate_every == 0
-                saving = ending or step % preset.checkpoint_every == 0
-                if ending and step < run.last_step:
-                    print('\nStopping: validating and saving; Ctrl-C again breaks it off.', flush=True)
-                if validating or saving:
-                    net.refresh_statistics(session, _refreshing_batches(training[0]))
-                if validating:
-                    saving |= run.validate(step, *validation)
-                if saving:
-                    run.save(step)
-                elif run.unsaved_seconds() > 60 * preset.checkpoint_minutes:
-                    run.save(step, TO_RESUME)
-                if ending:
-                    break
+            with run.progress:
+                _loop(run, training, validation, stop)
             return run.finish('complete' if preset.steps == run.last_step else 'interrupted')
 
 
+def _loop(run, training, validation, stop):
+    """Trains from the step after the last save to the end, or until `stop` is not empty."""
+    preset = run.preset
+    for step, (x, y) in zip(range(preset.steps + 1, run.last_step + 1), run.batches(*training)):
+        run.train_step(step, x, y)
+        ending = step == run.last_step or bool(stop)
+        best = False
+        validating = ending or step % preset.evaluate_every == 0
+        if validating:
+            best = run.validate(step, training[0], *validation)
+        if ending or best or step % preset.checkpoint_every == 0:
+            run.save(step, MODEL if validating else RESUME)
+        elif run.unsaved_seconds() > 60 * preset.checkpoint_minutes:
+            run.save(step, RESUME)
+        if ending:
+            break
+
+
 class Run:
-    """A training at work, and what it writes: console, summaries, checkpoints, the pickle.
+    """A training at work: its steps, its validations, and what it says of them.
 
     Steps are counted from 1; a checkpoint or validation of step s has seen s batches. What is on disk is
-    that of step `preset.steps` of the pickle, or can be brought back to it: the pickle is written last.
+    that of step `preset.steps` of the record, or can be brought back to it: the record is written last.
     """
 
-    def __init__(self, preset, net, session, output_dir, n_training, resume=False):
-        from resnet import tf
-        self.preset, self.net, self.session, self.output_dir = preset, net, session, output_dir
+    def __init__(self, preset, net, session, data_dir, output_dir, n_training, resume):
+        self.preset, self.net, self.session = preset, net, session
+        self.data_dir, self.output_dir = data_dir, output_dir
         self.steps_per_epoch = data_helpers.steps_per_epoch(n_training, preset.batch_size)
-        self.last_step = min(preset.num_epochs * self.steps_per_epoch, preset.max_steps or sys.maxsize)
-        self.run_dir = preset.run_dir(output_dir)
+        self.last_step = preset.length(n_training)
         if resume and (preset.steps or 0) >= self.last_step and preset.val_accuracy is None:
-            raise InputError('run {} cannot go on: by its record it is at its end, without a result'.format(
-                preset.timestamp))
-        self.saver = tf.train.Saver(max_to_keep=None, save_relative_paths=True)
-        preset.update(dict(status='training', device=_device(session), tensorflow_version=tf.__version__,
-                           python_version=platform.python_version()))
-        preset.update(dict(test_accuracy=None, finished=False))  # of what it was when it was interrupted
-        if not resume:
-            preset.update(dict(val_accuracy=None, early_stopping_epoch=None, steps=None, training_time=None,
-                               images_per_second=None))
-        preset.update(dict(steps=preset.steps or 0, training_time=preset.training_time or 0.0))
-        self.began, self.progress = time.time() - 60 * preset.training_time, ProgressLine()
+            raise InputError(f'run {preset.timestamp} cannot be resumed: by its record it is at its end, without a '
+                             'result')
+        self._begin_record(resume)
+        self.began = time.monotonic() - 60 * preset.training_time
         self.first_step = preset.steps + 1
         self.trained_images = preset.steps * preset.batch_size if preset.images_per_second else 0
         self.training_seconds = self.trained_images / (preset.images_per_second or 1)
-        path = None
-        if preset.steps:
-            path = self._restore()
-        else:
-            session.run(tf.global_variables_initializer())
+        self.checkpoints = Checkpoints(preset, session, output_dir)
+        self.curves = Curves(preset, output_dir)
+        path = self.checkpoints.restore() if preset.steps else self._initialize()
         with self._writing():
             preset.save(output_dir)
-        with self._writing():  # where this fails there is a record to go on from
-            self._open_summaries()
+        with self._writing():  # where this fails there is a record to resume from
+            self.curves.open(session.graph)
+            self.checkpoints.best_steps = self.curves.best_steps()
             if path:
-                self._remove_all_but(path)
-        self.saved = time.time()
+                self.checkpoints.prune(path)
+        self.saved = time.monotonic()
+        self.progress = Progress(total=self.last_step, initial=preset.steps, desc='training', unit='step')
 
-    def _restore(self):
-        """Sets the variables as the last save left them, and returns the path of its checkpoint."""
-        paths = [checkpoint_path(self.run_dir, self.preset.steps, kind) for kind in (BEST_OR_LATEST, TO_RESUME)]
-        path = next((path for path in paths if os.path.exists(path + '.index')), paths[0])
-        try:
-            self.saver.restore(self.session, path)
-            return path
-        except Exception as error:  # a damaged file can raise anything
-            raise InputError('run {0.timestamp} cannot go on: {1} is missing or damaged ({2}); bring it back, or train '
-                             'anew with --preset {0.preset}'.format(self.preset, path, reason(error)))
+    def _begin_record(self, resume):
+        from resnet import device_name, tf
+        preset = self.preset
+        self.resumed_from = preset.tensorflow_version if resume else None
+        if not resume:
+            preset.update(dict(val_accuracy=None, early_stopping_epoch=None, steps=None, training_time=None,
+                               images_per_second=None, git_commit=git_commit()))
+        preset.update(dict(status='training', device=device_name(self.session), tensorflow_version=tf.__version__,
+                           python_version=platform.python_version(), test_accuracy=None, finished=False,
+                           steps=preset.steps or 0, training_time=preset.training_time or 0.0))
 
-    def _open_summaries(self):
-        """Opens the event files; what they held beyond the last save is gone, for it will come again."""
-        folder = os.path.join(self.run_dir, 'summaries')
-        self.writers = {'': _open_events(folder, -1)[0]}
-        self._describe_hparams()
-        upto = self.preset.steps or -1  # the graph, at step 0, comes again
-        self.writers['train'], _ = _open_events(os.path.join(folder, 'train'), upto)
-        self.writers['dev'], events = _open_events(os.path.join(folder, 'dev'), upto)
-        self.best_steps = _best_steps(events)[-self.preset.num_checkpoints:]
-        if self.preset.early_stopping_epoch and not self.best_steps:  # the curves were removed
-            self.best_steps = [self.preset.early_stopping_epoch]
-        if not self.preset.steps:
-            self._write('train', 0, graph_def=self.session.graph.as_graph_def(add_shapes=True).SerializeToString())
-        self._flush()
+    def _initialize(self):
+        from resnet import tf
+        self.session.run(tf.global_variables_initializer())
+        if self.preset.init_from:
+            self.checkpoints.load_weights(load_preset(self.output_dir, self.preset.init_from))
 
-    def announce(self, data_dir, n_training, n_validation):
+    def announce(self, n_training, n_validation):
         """Says what runs, on what, and where it writes."""
-        print('Preset {0.preset}: {0.model} (n = {0.num_residual_units}), {1:,} parameters\n'
-              '  recipe  {2}\n'
-              '  length  {3:,} steps, {4:.4g} epochs\n'
-              '  data    {5:,} training and {6:,} validation images from {7}\n'
-              '  device  {0.device}; TensorFlow {0.tensorflow_version}, Python {0.python_version}\n'
-              '  writes  {8} and {9}'.format(
-                  self.preset, self.net.count_parameters(), in_words(self.preset), self.last_step,
-                  self.last_step / self.steps_per_epoch, n_training, n_validation, data_dir,
-                  self.run_dir, os.path.join(self.output_dir, 'INFOS')), flush=True)
+        preset = self.preset
+        whole = preset.num_epochs * self.steps_per_epoch
+        cut = f' of the {whole:,} that its schedule is made for' if preset.schedule != 'step' else ''
+        if preset.steps:
+            print(f'Resuming run {preset.timestamp} at step {preset.steps:,} of {self.last_step:,}')
+        if self.resumed_from not in (None, preset.tensorflow_version):
+            print(f'It began under TensorFlow {self.resumed_from}; this is {preset.tensorflow_version}: the results '
+                  'will differ by rounding')
+        print(f'Preset {preset.preset} ({preset.name}): {preset.model} (n = {preset.num_residual_units}), '
+              f'{self.net.count_parameters():,} parameters\n'
+              f'  recipe  {describe_recipe(preset)}\n'
+              f'  length  {counted(self.last_step, "step")}{cut if self.last_step < whole else ""}, '
+              f'{self.last_step / self.steps_per_epoch:.4g} epochs\n'
+              f'  data    {n_training:,} training and {n_validation:,} validation images from {self.data_dir}\n'
+              f'  device  {preset.device}; TensorFlow {preset.tensorflow_version}, Python {preset.python_version}\n'
+              f'  writes  {preset.run_dir(self.output_dir)} and {os.path.join(self.output_dir, "INFOS")}', flush=True)
 
     def batches(self, images, labels):
-        """The training batches that are to come, see data_helpers.training_batches, prepared in the background."""
+        """The training batches to come, see data_helpers.training_batches, prepared in the background."""
         return data_helpers.in_background(data_helpers.training_batches(
             images, labels, self.preset, first_step=self.preset.steps))
 
     def train_step(self, step, x, y):
-        """One training step on a batch; a point of the curves and the progress line now and then."""
+        """One training step on a batch; a point of the curves and the progress bar now and then."""
         rate = learning_rate(self.preset, step - 1, self.steps_per_epoch)
-        began = time.time()
-        _, loss, accuracy = self.session.run(
-            [self.net.train_step, self.net.training_loss, self.net.training_accuracy],
-            {self.net.training_X: x, self.net.Y: y, self.net.learning_rate: rate})
-        if not np.isfinite(loss):
-            self._diverge(step, 'the loss is {}'.format(loss))
+        began = time.monotonic()
+        with _memory_for(f'a training step on batches of {self.preset.batch_size}', 'train with a smaller --batch_size'):
+            _, loss, accuracy, skipped = self.session.run(
+                [self.net.train_step, self.net.training_loss, self.net.training_accuracy, self.net.skipped],
+                {self.net.training_X: x, self.net.Y: y, self.net.learning_rate: rate})
+        if not np.isfinite(loss) and not skipped:
+            self._diverge(step, f'the loss is {loss}')
         if step > self.first_step:  # which also sets TensorFlow up
-            self.training_seconds += time.time() - began
+            self.training_seconds += time.monotonic() - began
             self.trained_images += len(x)
         if step % SUMMARY_EVERY == 0:
-            self._summarize('train', step, loss=loss, accuracy=accuracy, learning_rate=rate,
-                            images_per_second=self._images_per_second())
-        left = (time.time() - self.began) / step * (self.last_step - step)
-        self.progress('step {:,}/{:,}  epoch {:.2f}  loss {:.4f}  accuracy {:.3f}  lr {:.4g}  {:,.0f} images/s  '
-                      '{} left', step, self.last_step, step / self.steps_per_epoch, loss, accuracy, rate,
-                      self._images_per_second(), _duration(left))
+            with self._writing():
+                self.curves.add('train', step, loss=loss, accuracy=accuracy, learning_rate=rate,
+                                images_per_second=self._images_per_second())
+        self.progress.set_postfix_str(
+            f'epoch {step / self.steps_per_epoch:.2f}, loss {loss:.4f}, accuracy {accuracy:.3f}, lr {rate:.4g}, '
+            f'{self._images_per_second():,.0f} images/s', refresh=False)
+        self.progress.update()
 
-    def validate(self, step, images, labels):
-        """Judges the weights on the validation images; a new best is saved and recorded."""
-        loss, predictions = evaluate(self.net, self.session, images, labels)
+    def validate(self, step, training_images, images, labels):
+        """Judges the weights on the validation images and returns whether they are the best so far.
+
+        Batch-norm statistics are recomputed before, over training images as they are: the test images are not
+        augmented either.
+        """
+        from resnet import evaluate
+        with _memory_for(f'recomputing batch-norm statistics in batches of {REFRESH_BATCH}', 'close other programs'):
+            self.net.refresh_statistics(self.session, _refreshing_batches(training_images))
+        loss, predictions = evaluate(self.net, self.session, images, labels, 'validating')
         if not np.isfinite(loss):
-            self._diverge(step, 'the validation loss is {}'.format(loss))
+            self._diverge(step, f'the validation loss is {loss}')
         accuracy = float((predictions == labels).mean())
         best = self.preset.val_accuracy is None or accuracy > self.preset.val_accuracy
         if best:
-            self.best_steps = (self.best_steps + [step])[-self.preset.num_checkpoints:]
+            self.checkpoints.best_steps.append(step)
             self.preset.update(dict(val_accuracy=accuracy, early_stopping_epoch=step))
-        self._summarize('dev', step, loss=loss, accuracy=accuracy, best_accuracy=self.preset.val_accuracy)
-        self.progress.row('validation  step {:,}  epoch {:.2f}  loss {:.4f}  accuracy {:.4f}{}'.format(
-            step, step / self.steps_per_epoch, loss, accuracy, '  best' if best else ''))
+        with self._writing():
+            self.curves.add('dev', step, loss=loss, accuracy=accuracy, best_accuracy=self.preset.val_accuracy)
+        Progress.row(f'validation  step {step:,}  epoch {step / self.steps_per_epoch:.2f}  loss {loss:.4f}  '
+                     f'accuracy {accuracy:.4f}{"  best" if best else ""}')
         return best
 
-    def save(self, step, kind=BEST_OR_LATEST):
+    def save(self, step, kind):
         """Writes the checkpoint of `step`, then the record, then removes what is neither best nor latest.
 
         In this order, so that at any moment the record points to a checkpoint that is there, and to
@@ -269,132 +277,223 @@ class Run:
         """
         if not self.session.run(self.net.finite):
             self._diverge(step, 'there are weights that are no longer finite')
-        path = checkpoint_path(self.run_dir, step, kind)
         with self._writing():
-            self._flush()
-            self.saver.save(self.session, path, write_meta_graph=False)
-            self.preset.update(dict(steps=step, training_time=(time.time() - self.began) / 60,
+            self.curves.flush()
+            path = self.checkpoints.save(step, kind)
+            self.preset.update(dict(steps=step, training_time=(time.monotonic() - self.began) / 60,
                                     images_per_second=self._images_per_second()))
             self.preset.save(self.output_dir)
-        self.saved = time.time()
-        self._remove_all_but(path)
-
-    def _remove_all_but(self, path):
-        """Of the checkpoints, keeps the last bests and the one at `path`."""
-        kept = {os.path.basename(checkpoint_path(self.run_dir, best)) for best in self.best_steps}
-        kept.add(os.path.basename(path))
-        files = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*-*.*'))
-        for old in sorted(files, key=lambda file: not file.endswith('.index')):  # without its index it does not count
-            if os.path.basename(old).partition('.')[0] not in kept or '.tempstate' in old:  # of a killed saver
-                os.unlink(old)
-
-    @contextlib.contextmanager
-    def _writing(self):
-        """Where something cannot be written, says what is safe."""
-        from resnet import tf
-        recorded, held = os.path.exists(self.preset.pickle_path(self.output_dir)), self.preset.steps
-        try:
-            yield
-        except (OSError, tf.errors.OpError, ValueError) as error:  # the saver raises ValueError where a folder is gone
-            raise InputError('run {0} cannot be written ({1}). {2}'.format(self.preset.timestamp, reason(error), (
-                'What was saved of step {1:,} is whole; when there is room again, go on with: python resnet_train.py '
-                '--resume {0}' if recorded else 'Nothing of it was saved; when there is room, start anew').format(
-                    self.preset.timestamp, held)))
+        self.saved = time.monotonic()
+        self.checkpoints.prune(path)
 
     def unsaved_seconds(self):
-        """What a kill would cost now."""
-        return time.time() - self.saved
+        """What a kill would cost."""
+        return time.monotonic() - self.saved
 
     def finish(self, status):
         """Records the end of the run, after its last save, and returns its Preset."""
         self._end(status)
-        print('Run {0.timestamp} is {0.status}: best validation accuracy {0.val_accuracy:.4f} at step '
-              '{0.early_stopping_epoch:,}; {0.training_time:.1f} minutes. {1} it with:\n'
-              '  python {2} {0.timestamp}'.format(self.preset, *(
-                  ('Test', 'resnet_eval.py --timestamp') if status == 'complete' else
-                  ('Go on with', 'resnet_train.py --resume'))))
-        return self.preset
+        preset = self.preset
+        proceed = f'Resume it with:\n  {self._command("resnet_train.py", "--resume", preset.timestamp)}'
+        if status == 'complete':
+            proceed = f'Test it with:\n  {self._command("resnet_eval.py", "--timestamp", preset.timestamp)}'
+        print(f'Run {preset.timestamp} is {preset.status}: best validation accuracy {preset.val_accuracy:.4f} at step '
+              f'{preset.early_stopping_epoch:,}; {preset.training_time:.1f} minutes. {proceed}', flush=True)
+        return preset
 
     def _diverge(self, step, what):
         self._end('diverged')
-        raise InputError('run {} diverged: {} at step {:,}, learning rate {:g}; its last good checkpoint: {}. Try a '
-                         'lower {}'.format(
-                             self.preset.timestamp, what, step,
-                             learning_rate(self.preset, step - 1, self.steps_per_epoch),
-                             'step {:,}'.format(self.preset.steps) if self.preset.steps else 'none',
-                             _rates(self.preset)))
+        rate = learning_rate(self.preset, step - 1, self.steps_per_epoch)
+        good = f'step {self.preset.steps:,}' if self.preset.steps else 'none'
+        raise InputError(f'run {self.preset.timestamp} diverged: {what} at step {step:,}, learning rate {rate:g}; its '
+                         f'last good checkpoint: {good}. Try a lower {_rate_flags(self.preset)}')
 
     def _end(self, status):
-        from tensorboard.plugins.hparams import api_pb2, summary
-        if status != 'interrupted':
-            self._write_record(summary.session_end_pb(
-                api_pb2.STATUS_SUCCESS if status == 'complete' else api_pb2.STATUS_FAILURE))
         with self._writing():
-            for writer in self.writers.values():
-                writer.close()
+            self.curves.close(status)
             self.preset.status = status
             self.preset.log(self.output_dir, 'train_overall.txt', replace=True)
             self.preset.save(self.output_dir)
 
+    def _images_per_second(self):
+        return self.trained_images / self.training_seconds if self.training_seconds else 0.0
+
+    def _command(self, script, *words):
+        return command(script, *words, output_dir=self.output_dir, data_dir=self.data_dir)
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Where something cannot be written, says what is safe."""
+        from resnet import reason, tf
+        recorded, held = os.path.exists(self.preset.pickle_path(self.output_dir)), self.preset.steps
+        try:
+            yield
+        except (OSError, tf.errors.OpError, ValueError) as error:  # the saver raises ValueError where a folder is gone
+            safe = 'Nothing of it was saved; when this is mended, start anew'
+            if recorded:
+                resume = self._command('resnet_train.py', '--resume', self.preset.timestamp)
+                safe = f'What was saved of step {held:,} is whole; when this is mended, resume it with: {resume}'
+            raise InputError(f'run {self.preset.timestamp} cannot be written ({reason(error)}). {safe}')
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+class Checkpoints:
+    """The files in a run's checkpoints/: the last best ones, and the latest, to resume from."""
+
+    def __init__(self, preset, session, output_dir):
+        from resnet import tf
+        self.preset, self.session, self.output_dir = preset, session, output_dir
+        self.saver = tf.train.Saver(max_to_keep=None, save_relative_paths=True)
+        self.best_steps = []  # ascending
+
+    def restore(self):
+        """Sets the variables as the last save left them, and returns the path of its checkpoint."""
+        from resnet import reason
+        preset = self.preset
+        paths = [preset.checkpoint_path(self.output_dir, preset.steps, kind) for kind in (MODEL, RESUME)]
+        path = next((path for path in paths if os.path.exists(path + '.index')), paths[0])
+        try:
+            self.saver.restore(self.session, path)
+            return path
+        except Exception as error:  # a damaged file can raise anything
+            raise InputError(f'run {preset.timestamp} cannot be resumed: {path} is missing or damaged '
+                             f'({reason(error)}); bring it back, or train anew with --preset {preset.preset}')
+
+    def load_weights(self, source):
+        """Sets weights and statistics to those of another run's best checkpoint; momentum starts at 0."""
+        from resnet import reason, tf
+        weights = [variable for variable in tf.global_variables()
+                   if variable.op.name.rpartition('/')[2] in ('DW', 'biases', 'beta', 'gamma', 'moving_mean',
+                                                              'moving_variance')]
+        path = best_checkpoint(source, self.output_dir)
+        try:
+            tf.train.Saver(weights).restore(self.session, path)
+        except Exception as error:  # a damaged file can raise anything
+            raise InputError(f'the weights of run {source.timestamp}, a {source.model}, do not fit a '
+                             f'{self.preset.model}, or are damaged ({reason(error)})')
+
+    def save(self, step, kind):
+        """Writes the checkpoint of a step, and returns its path."""
+        path = self.preset.checkpoint_path(self.output_dir, step, kind)
+        self.saver.save(self.session, path, write_meta_graph=False)
+        return path
+
+    def prune(self, path):
+        """Removes all checkpoints but the last bests and the one at `path`; other files are not a run's to remove."""
+        folder = os.path.dirname(path)
+        kept = {f'{MODEL}-{best}' for best in self.best_steps[-self.preset.num_checkpoints:]}
+        kept.add(os.path.basename(path))
+        written = [name for name in os.listdir(folder) if CHECKPOINT_FILE.match(name)]
+        for name in sorted(written, key=lambda name: not name.endswith('.index')):  # without its index it does not count
+            if name.partition('.')[0] not in kept or 'tempstate' in name:  # the latter of a killed saver
+                os.unlink(os.path.join(folder, name))
+
+
+# ------------------------------------------------------------------------------ summaries
+
+class Curves:
+    """The event files in a run's summaries/: curves of training and validation, the graph, hyperparameters."""
+
+    def __init__(self, preset, output_dir):
+        self.preset = preset
+        self.folder = os.path.join(preset.run_dir(output_dir), 'summaries')
+        self.writers, self.validations = {}, []
+
+    def open(self, graph):
+        """Opens the files; what they held beyond the last save is gone, for it will come again."""
+        upto = self.preset.steps or -1  # the graph, at step 0, comes again
+        self.writers[''], _ = open_events(self.folder, -1)
+        self._describe_hparams()
+        self.writers['train'], _ = open_events(os.path.join(self.folder, 'train'), upto)
+        self.writers['dev'], self.validations = open_events(os.path.join(self.folder, 'dev'), upto)
+        if not self.preset.steps:
+            self._write('train', 0, graph_def=graph.as_graph_def(add_shapes=True).SerializeToString())
+        self.flush()
+
+    def best_steps(self):
+        """The steps at which the validation accuracy was a new best, ascending."""
+        best, steps = -1.0, []
+        for event in self.validations:
+            for value in event.summary.value:
+                if value.tag == 'accuracy' and value.simple_value > best:
+                    best = value.simple_value
+                    steps.append(event.step)
+        if self.preset.early_stopping_epoch and not steps:  # the curves were removed
+            steps = [self.preset.early_stopping_epoch]
+        return steps
+
+    def add(self, name, step, **values):
+        """A point of the curves 'train' or 'dev'."""
+        from resnet import tf
+        self._write(name, step, summary=tf.Summary(value=[
+            tf.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]))
+
+    def flush(self):
+        for writer in self.writers.values():
+            writer.flush()
+
+    def close(self, status):
+        """Closes the files, at the end of the run with this status."""
+        from tensorboard.plugins.hparams import api_pb2, summary
+        if status != 'interrupted':
+            outcome = api_pb2.STATUS_SUCCESS if status == 'complete' else api_pb2.STATUS_FAILURE
+            self._write_record(summary.session_end_pb(outcome))
+        for writer in self.writers.values():
+            writer.close()
+
     def _describe_hparams(self):
-        """The records that TensorBoard's HParams tab lists, sorts and compares runs by."""
+        """The records by which TensorBoard's HParams tab lists, sorts and compares runs."""
         from tensorboard.plugins.hparams import api
-        names = ('preset', 'model', 'seed') + RECIPE
+        names = ('preset', 'model', 'seed') + RECIPE + ('mixed_precision',)
         values = {name: getattr(self.preset, name) for name in names if getattr(self.preset, name) is not None}
-        self._write_record(api.hparams_config_pb([api.HParam(name) for name in names], [
-            api.Metric(tag, group=group, display_name='{} {}'.format(group, tag)) for group, tag in HPARAMS_METRICS]))
+        metrics = [api.Metric(tag, group=group, display_name=f'{group} {tag}') for group, tag in HPARAMS_METRICS]
+        self._write_record(api.hparams_config_pb([api.HParam(name) for name in names], metrics))
         self._write_record(api.hparams_pb(values, trial_id=self.preset.title, start_time_secs=self.preset.timestamp))
 
     def _write_record(self, record):
         from resnet import tf
         self._write('', 0, summary=tf.Summary.FromString(record.SerializeToString()))  # TensorBoard's own class
 
-    def _images_per_second(self):
-        return self.trained_images / self.training_seconds if self.training_seconds else 0.0
-
-    def _summarize(self, name, step, **values):
-        from resnet import tf
-        self._write(name, step, summary=tf.Summary(value=[
-            tf.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]))
-
     def _write(self, name, step, **content):
         from resnet import tf
-        with self._writing():
-            self.writers[name].write(tf.Event(wall_time=time.time(), step=step, **content).SerializeToString())
-
-    def _flush(self):
-        for writer in self.writers.values():
-            writer.flush()
+        self.writers[name].write(tf.Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
-def _open_events(folder, last_step):
+def open_events(folder, last_step, with_graph=True):
     """Rewrites the event files in `folder` as one, with what they hold up to last_step.
 
     Returns its writer and these events. Raises InputError where a file is damaged.
     """
     from resnet import tf
-    old = sorted(glob.glob(os.path.join(glob.escape(folder), '*.tfevents.*')))
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    old = [os.path.join(folder, name) for name in names if '.tfevents.' in name]
     events = collections.OrderedDict()  # a killed start may have left an event in two files
     for path in old:
-        try:
-            for content in _records(path):
-                event = tf.Event.FromString(content)
-                if event.step <= last_step and not event.file_version:
-                    events[content] = event
-        except Exception as error:  # a damaged file can raise anything
-            raise InputError('{} is damaged ({}); remove it to go on without the curves that it holds'.format(
-                path, reason(error)))
+        events.update((content, event) for content, event in _read_events(path, last_step)
+                      if with_graph or not event.graph_def)
     os.makedirs(folder, exist_ok=True)
     second = int(time.time())
-    while any('.tfevents.{}.'.format(second) in path for path in old):
+    while any(f'.tfevents.{second}.' in path for path in old):
         second += 1
-    writer = tf.io.TFRecordWriter(os.path.join(folder, 'events.out.tfevents.{}.{}'.format(second, platform.node())))
-    for content in [tf.Event(wall_time=second, file_version='brain.Event:2').SerializeToString()] + list(events):
+    writer = tf.io.TFRecordWriter(os.path.join(folder, f'events.out.tfevents.{second}.{platform.node()}'))
+    writer.write(tf.Event(wall_time=second, file_version='brain.Event:2').SerializeToString())
+    for content in events:
         writer.write(content)
     writer.flush()
     for path in old:
         os.unlink(path)
     return writer, list(events.values())
+
+
+def _read_events(path, last_step):
+    """[(bytes, Event)] of an event file up to last_step. Raises InputError where it is damaged."""
+    from resnet import reason, tf
+    try:
+        events = [(content, tf.Event.FromString(content)) for content in _records(path)]
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f'{path} is damaged ({reason(error)}); remove it to go on without the curves that it holds')
+    return [(content, event) for content, event in events if event.step <= last_step and not event.file_version]
 
 
 def _records(path):
@@ -421,85 +520,102 @@ def _records(path):
     return itertools.islice(tf.python_io.tf_record_iterator(path), whole)
 
 
-def _best_steps(events):
-    """The steps of those validation events at which the accuracy was a new best, ascending."""
-    best, steps = -1.0, []
-    for event in events:
-        for value in event.summary.value:
-            if value.tag == 'accuracy' and value.simple_value > best:
-                best = value.simple_value
-                steps.append(event.step)
-    return steps
+# ------------------------------------------------------------------------------ trimming
 
+def trim(output_dir, timestamp=None):
+    """Drops from a run, or from all that are trained to their end and tested, what only resuming needs.
 
-def evaluate(net, session, images, labels):
-    """Judges the inference form on uint8 [N, 32, 32, 3] and int64 [N].
-
-    Returns the mean loss, a float, and the predictions, int64 [N].
+    What stays is the best checkpoint without momentum, the curves, and a graph for the first run of each network.
     """
-    def judge(i):
-        now = slice(i, i + EVALUATION_BATCH)
-        loss, predicted = session.run([net.loss, net.predictions], {
-            net.X: data_helpers.scale(images[now]),
-            net.Y: data_helpers.one_hot(labels[now], net.preset.num_classes)})
-        return loss * len(predicted), predicted
-
-    judged, progress = [], ProgressLine()
-    with concurrent.futures.ThreadPoolExecutor(EVALUATED_AT_ONCE) as pool:
-        for result in pool.map(judge, range(0, len(images), EVALUATION_BATCH)):
-            progress('judged {:,} of {:,} images', len(judged) * EVALUATION_BATCH, len(images))
-            judged.append(result)
-    losses, predictions = zip(*judged)
-    return float(sum(losses)) / len(images), np.concatenate(predictions)
-
-
-def checkpoint_path(run_dir, step, kind=BEST_OR_LATEST):
-    """Prefix of a checkpoint's files."""
-    return os.path.join(run_dir, 'checkpoints', '{}-{}'.format(kind, step))
+    presets = load_presets(output_dir)
+    chosen = presets if timestamp is None else [load_preset(output_dir, timestamp)]
+    networks = set()
+    for preset in presets:
+        network = (preset.model, preset.num_classes)
+        if preset.timestamp in [run.timestamp for run in chosen]:
+            if preset.finished and preset.status == 'complete':
+                with locked(preset, output_dir):
+                    _trim_run(preset, output_dir, with_graph=network not in networks)
+                print(f'Run {preset.timestamp}: trimmed')
+            else:
+                print(f'Run {preset.timestamp}: left as it is, {state(preset)}')
+        networks.add(network)
 
 
-def checkpoint_steps(run_dir):
-    """Steps whose checkpoints are whole, ascending. TensorFlow moves the index into place last."""
-    indices = glob.glob(os.path.join(glob.escape(run_dir), 'checkpoints', 'model-*.index'))
-    matches = (re.search(r'model-(\d+)\.index$', path) for path in indices)
-    return sorted(int(match.group(1)) for match in matches if match)
+def _trim_run(preset, output_dir, with_graph):
+    from resnet import ResNet, make_session, reason, tf
+    path = best_checkpoint(preset, output_dir)
+    with tf.Graph().as_default():
+        ResNet(preset, training=False)
+        tf.train.get_or_create_global_step()
+        with make_session(preset) as session:
+            checkpoints = Checkpoints(preset, session, output_dir)
+            try:
+                checkpoints.saver.restore(session, path)
+                checkpoints.saver.save(session, path, write_meta_graph=False)
+            except Exception as error:  # a damaged file can raise anything
+                raise InputError(f'{path} is missing, damaged or cannot be written ({reason(error)})')
+    checkpoints.prune(path)
+    writer, _ = open_events(os.path.join(preset.run_dir(output_dir), 'summaries', 'train'), sys.maxsize, with_graph)
+    writer.close()
+
+
+# ------------------------------------------------------------------------------ helpers of the loop
+
+def _check_hardware(preset, resnet):
+    """Raises InputError where the hardware would not gain by what the preset asks for."""
+    if preset.mixed_precision and not resnet.half_precision():
+        raise InputError('mixed_precision needs a GPU of compute capability 7 or more, or a processor with AVX512_BF16 '
+                         "or AMX under today's TensorFlow; here it would only cost accuracy: leave it out")
+    if preset.xla and resnet.KERNELS != 'GPU':
+        raise InputError('xla is for GPUs, and TensorFlow sees none; it would slow the training here: leave it out')
+
+
+def _check_unchanged(preset, output_dir):
+    """Raises InputError where another process has trained the run since its record was read."""
+    recorded = read_preset(preset.pickle_path(output_dir))
+    if any(getattr(recorded, name) != getattr(preset, name) for name in ('steps', 'training_time', 'val_accuracy')):
+        raise InputError(f'run {preset.timestamp} was resumed by another process in the meantime')
 
 
 def _refreshing_batches(images):
-    """The first training images (they are shuffled), as they are: the test images are not augmented either."""
-    images, progress = images[:REFRESH_IMAGES], ProgressLine()
-    for i in range(0, len(images), REFRESH_BATCH):
-        progress('averaged the statistics of {:,} of {:,} images', i, len(images))
-        yield data_helpers.scale(images[i:i + REFRESH_BATCH])
-
-
-def reason(error):
-    """What an error of TensorFlow says, without where in the graph."""
-    return str(error).split('\n\t [[')[0].strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    """The first training images (they are shuffled), scaled: float32 [500, 32, 32, 3] in [-1, 1]."""
+    images = images[:REFRESH_IMAGES]
+    with Progress(total=len(images), desc='recomputing batch-norm statistics', unit='image') as progress:
+        for i in range(0, len(images), REFRESH_BATCH):
+            yield data_helpers.scale(images[i:i + REFRESH_BATCH])
+            progress.update(REFRESH_BATCH)
 
 
 @contextlib.contextmanager
-def _batch_size_named(preset):
-    """Where the memory is too small, says what would make it do."""
-    from resnet import tf
+def _memory_for(what, advice):
+    """Where the memory is too small for `what`, says so, and what would help."""
+    from resnet import reason, tf
     try:
         yield
     except tf.errors.ResourceExhaustedError as error:
-        raise InputError('batches of {} are too large for the memory: train with a smaller --batch_size ({})'.format(
-            preset.batch_size, reason(error)))
+        raise InputError(f'the memory is too small for {what}: {advice} ({reason(error)})')
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
-def _stop_request():
-    """A list that fills on Ctrl-C or SIGTERM, for the loop to end in its own time; the second one raises."""
+def _stop_request(preset, data_dir, output_dir):
+    """A list that fills on Ctrl-C, SIGTERM or a lost connection, for the loop to end in its own time; a second one
+    breaks the training off."""
     asked = []
 
     def handler(number, frame):
         if asked:
-            raise KeyboardInterrupt
+            resume = command('resnet_train.py', '--resume', preset.timestamp, output_dir=output_dir, data_dir=data_dir)
+            print(f'\nBroken off. What was saved of step {preset.steps or 0:,} is whole; resume it with:\n  {resume}',
+                  flush=True)
+            sys.exit(128 + number)
+        print('\nStopping: validating and saving. Ctrl-C again breaks it off.', flush=True)
         asked.append(number)
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield asked
     finally:
@@ -507,87 +623,203 @@ def _stop_request():
             signal.signal(number, action)
 
 
-def _device(session):
-    """'2 x Tesla T4' or the processor's name and cores."""
-    gpus = sum(device.device_type == 'GPU' for device in session.list_devices())
+def git_commit():
+    """The commit of the code, and whether files differ from it; None where there is no git, or no repository here."""
+    def git(*words):
+        return subprocess.check_output(['git', '-C', PROJECT_DIR] + list(words), stderr=subprocess.DEVNULL,
+                                       universal_newlines=True).strip()
     try:
-        if gpus:
-            names = subprocess.check_output(['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'], text=True)
-            return '{} x {}'.format(gpus, names.splitlines()[0])
-        with open('/proc/cpuinfo') as file:
-            name = re.search(r'model name\s*: (.*)', file.read()).group(1)
-    except (OSError, subprocess.SubprocessError, AttributeError, IndexError):
-        name = platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # this process's
-    return '{} x GPU'.format(gpus) if gpus else 'CPU: {}, {} core{}'.format(name, cores, 's' if cores > 1 else '')
+        if os.path.realpath(git('rev-parse', '--show-toplevel')) != os.path.realpath(PROJECT_DIR):
+            return None  # somebody else's repository, in which the code happens to lie
+        commit = git('rev-parse', 'HEAD')
+        return f'{commit} with changes' if git('status', '--porcelain', '--untracked-files=no') else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
-def _rates(preset):
+def counted(n, noun):
+    """'1 step', '2,000 steps'."""
+    return f'{n:,} {noun}' if n == 1 else f'{n:,} {noun}s'
+
+
+def _rate_flags(preset):
     """The flags of what makes a training diverge."""
     return '--lr and --muon_lr' if preset.muon_lr else '--lr'
 
 
-def _duration(seconds):
-    hours, minutes = divmod(int(seconds) // 60, 60)
-    return '{}h{:02}m'.format(hours, minutes) if hours else '{}m{:02}s'.format(minutes, int(seconds) % 60)
-
+# ------------------------------------------------------------------------------ command line
 
 @exit_on_input_error
 def main(arguments=None):
-    presets = '\n'.join('  {:>2}  {:8}  {:9} {:>3} epochs  {}'.format(
-        number, name, make_preset(number).model, make_preset(number).num_epochs, purpose)
-                        for number, (name, purpose) in NAMES.items())
-    parser = ArgumentParser(description=__doc__, epilog='presets, by number or name:\n' + presets)
-    parser.add_argument('--preset', metavar='N', help='what to train, see below (default: 0)')
-    parser.add_argument('--resume', nargs='?', const=NEWEST, metavar='TIMESTAMP', help='go on with this run where its '
-                        'last save left it; alone: with the newest unfinished one')
-    parser.add_argument('--seeds', nargs='+', metavar='SEED', help='a run for each of these seeds; a single number '
-                        'says how many: --seeds 3 is --seeds 0 1 2')
-    group = parser.add_argument_group('hyperparameters, in place of the preset\'s')
-    for name, field in HYPERPARAMETERS.items():
-        group.add_argument('--' + name, metavar=field.type.__name__.upper(), help=field.help)
-    flags = vars(parser.parse_args(arguments))
+    flags = vars(_parser(arguments).parse_args(arguments))
+    if flags['trim'] is not None:
+        trim(flags['output_dir'], None if flags['trim'] == ALL else flags['trim'])
+        return
     overrides = {name: flags[name] for name in HYPERPARAMETERS if flags[name] is not None}
     if flags['resume'] is not None:
-        if flags['seeds']:
-            raise InputError('--seeds starts runs of its own, --resume goes on with one')
-        preset = unfinished(flags['output_dir'], None if flags['resume'] == NEWEST else flags['resume'])
-        if flags['preset'] is not None:
-            overrides['preset'] = make_preset(flags['preset']).preset
-        for name, value in overrides.items():
-            if FIELDS[name].check(name, value) != getattr(preset, name):
-                raise InputError('run {} was started with {} {}, and goes on with it; leave out --{}'.format(
-                    preset.timestamp, name, getattr(preset, name), name))
-        train(preset, flags['data_dir'], flags['output_dir'], resume=True)
-        return
+        presets = [_to_resume(flags, overrides)]
+    else:
+        presets = _requested(flags, overrides)
+    if flags['show']:
+        for preset in presets:
+            show(preset)
+    elif flags['seeds'] is None:
+        _train_one(presets[0], flags)
+    else:
+        _train_seeds(presets, flags)
 
-    number, seeds = flags['preset'] if flags['preset'] is not None else 0, flags['seeds'] or [overrides.pop('seed', 0)]
-    if flags['seeds'] and flags['seed'] is not None:
+
+def _parser(arguments):
+    chooser = argparse.ArgumentParser(add_help=False)  # the help tells the defaults of the preset that is named
+    chooser.add_argument('--preset', nargs='?')
+    named = chooser.parse_known_args(arguments)[0].preset
+    defaults = make_preset(named) if named in [str(key) for known in NAMES for key in (known, NAMES[known][0])] else Preset()
+    parser = ArgumentParser(description=__doc__, epilog='presets, by number or name:\n' + _list_of_presets())
+    parser.add_argument('--preset', metavar='N', help='what to train, see below (default: 0)')
+    parser.add_argument('--show', action='store_true', help='print the recipe, length and parameter count, and end')
+    parser.add_argument('--resume', nargs='?', const=NEWEST, metavar='TIMESTAMP',
+                        help='resume this run where its last save left it; alone: the newest interrupted one. A larger '
+                             '--num_epochs or --max_steps extends it')
+    parser.add_argument('--seeds', nargs='+', metavar='SEED',
+                        help='a run for each of these seeds; a single number says how many: --seeds 3 is --seeds 0 1 2. '
+                             'Runs of this recipe that are on record are resumed or, if complete, left as they are')
+    parser.add_argument('--init_from', metavar='TIMESTAMP', help="start from the weights of this run's best checkpoint")
+    parser.add_argument('--trim', nargs='?', const=ALL, metavar='TIMESTAMP',
+                        help='drop what only resuming needs from this run, or from all that are tested, and end')
+    group = parser.add_argument_group("hyperparameters, in place of the preset's")
+    for name in HYPERPARAMETERS:
+        field = FIELDS[name]
+        bare = dict(nargs='?', const='true') if isinstance(field, Switch) else {}
+        default = '' if getattr(defaults, name) is None else f'; default: {getattr(defaults, name)}'
+        group.add_argument('--' + name, metavar=field.type.__name__.upper(),
+                           help=f'{field.meaning} ({field.expected}{default})', **bare)
+    return parser
+
+
+def _list_of_presets():
+    lines = []
+    for number, (name, purpose) in NAMES.items():
+        preset = make_preset(number)
+        lines.append(f'  {number:>2}  {name:8}  {preset.model:9} {preset.num_epochs:>3} epochs  {purpose}')
+    return '\n'.join(lines)
+
+
+def _requested(flags, overrides):
+    """The Presets that --preset and --seeds ask for."""
+    number = 0 if flags['preset'] is None else flags['preset']
+    if flags['init_from'] is not None:
+        overrides['init_from'] = load_preset(flags['output_dir'], flags['init_from']).timestamp
+    if flags['seeds'] is None:
+        return [make_preset(number, **overrides)]
+    if flags['seed'] is not None:
         raise InputError('--seed and --seeds exclude each other')
-    if flags['seeds'] and len(seeds) == 1:
-        seeds = range(HOW_MANY.check('--seeds', seeds[0]))
-    for preset in [make_preset(number, seed=seed, **overrides) for seed in seeds]:
-        if train(preset, flags['data_dir'], flags['output_dir']).status != 'complete':
-            break  # Ctrl-C is meant for all of them
+    seeds = flags['seeds']
+    if len(seeds) == 1:
+        seeds = range(HOW_MANY_SEEDS.check('--seeds', seeds[0]))
+    presets = [make_preset(number, **dict(overrides, seed=seed)) for seed in seeds]
+    return list({preset.seed: preset for preset in presets}.values())
 
 
-def unfinished(output_dir, timestamp=None):
-    """The run with this timestamp, or the newest that is unfinished and in no other hands. Raises InputError."""
-    if timestamp is not None:
-        preset = load_preset(output_dir, timestamp)
-        if preset.status not in UNFINISHED:
-            raise InputError('run {0.timestamp} cannot go on: it is {1}'.format(
-                preset, 'diverged; train it anew with a lower ' + _rates(preset) if preset.status == 'diverged'
-                else 'complete'))
-        return preset
-    for preset in reversed(load_presets(output_dir)):
-        if preset.status in UNFINISHED:
-            try:
-                with locked(preset, output_dir):
-                    return preset
-            except InputError:  # in training
-                continue
-    raise InputError('there is no unfinished run in {} that could go on'.format(output_dir))
+def _to_resume(flags, overrides):
+    """The Preset that --resume means, extended as the flags say. Raises InputError where it cannot be resumed so."""
+    if flags['seeds'] or flags['init_from']:
+        raise InputError('--seeds and --init_from start runs, --resume resumes one: leave one of them out')
+    timestamp = flags['resume']
+    changes = {name: FIELDS[name].check(name, value) for name, value in overrides.items()}
+    if flags['preset'] is not None:
+        changes['preset'] = make_preset(flags['preset']).preset
+    preset = unfinished(flags['output_dir'], timestamp, extending=bool({'num_epochs', 'max_steps'} & set(changes)))
+    for name, value in changes.items():
+        if value != getattr(preset, name):
+            _check_change(preset, name, value)
+    preset.update(changes)
+    return preset
+
+
+def _check_change(preset, name, value):
+    """Raises InputError where a resumed run cannot have another value of a hyperparameter."""
+    held = getattr(preset, name)
+    if name == 'num_epochs' and preset.schedule != 'step':
+        raise InputError(f'run {preset.timestamp} cannot be extended: its learning rate falls to 0 at the end of its '
+                         f'{held} epochs; start anew from its weights with --init_from {preset.timestamp}')
+    longer = name in ('num_epochs', 'max_steps') and (held is None or value > held or value == 0)
+    lower = name in ('lr', 'muon_lr') and preset.status == 'diverged' and value < held
+    if not longer and not lower:
+        raise InputError(f'run {preset.timestamp} was started with {name} {held}, and is resumed with it; leave out '
+                         f'--{name}')
+
+
+def unfinished(output_dir, timestamp=NEWEST, extending=False):
+    """The run with this timestamp, or the newest interrupted one.
+
+    Raises InputError where it cannot be resumed; a run at its end can, if it is to be extended.
+    """
+    if timestamp == NEWEST and not extending:
+        interrupted = [preset for preset in load_presets(output_dir) if preset.status == 'interrupted']
+        if not interrupted:
+            raise InputError(f'there is no interrupted run in {output_dir}')
+        return interrupted[-1]
+    preset = load_preset(output_dir, timestamp)
+    if preset.status == 'training':
+        raise InputError(f'run {preset.timestamp} is in use by another process, in training')
+    if preset.status == 'diverged' and not preset.steps:
+        raise InputError(f'run {preset.timestamp} cannot be resumed: it diverged before its first checkpoint; train it '
+                         f'anew with a lower {_rate_flags(preset)}')
+    if preset.status not in ('interrupted', 'diverged') and not extending:
+        raise InputError(f'run {preset.timestamp} cannot be resumed: it is at its end; a larger --num_epochs or '
+                         '--max_steps extends it')
+    return preset
+
+
+def _train_one(preset, flags):
+    """Trains a Preset, or resumes it where it has steps. Ends the script with status 130 where Ctrl-C stopped it."""
+    train(preset, flags['data_dir'], flags['output_dir'], resume=preset.timestamp is not None)
+    if preset.status == 'interrupted':
+        sys.exit(130)
+
+
+def _train_seeds(presets, flags):
+    """Trains or resumes what is missing of `presets`, which differ in their seed. Names in the end what failed."""
+    failures = []
+    for k, preset in enumerate(presets):
+        run = _on_record(preset, flags['output_dir'])
+        if run is not None and run.status != 'interrupted':
+            print(f'Seed {preset.seed}: run {run.timestamp} is on record, {state(run)}')
+            if run.status == 'diverged':
+                failures.append(f'seed {preset.seed} diverged')
+            continue
+        try:
+            _train_one(run or preset, flags)
+        except InputError as error:
+            warn(error)
+            failures.append(f'seed {preset.seed}: {error}')
+        except SystemExit:
+            rest = ', '.join(str(later.seed) for later in presets[k + 1:])
+            print(f'Not begun: seeds {rest}. The same command goes on with all of them.' if rest else
+                  'The same command resumes it.')
+            raise
+    if failures:
+        raise InputError('; '.join(failures))
+
+
+def _on_record(preset, output_dir):
+    """The newest run with all the hyperparameters of `preset`, seed included, or None."""
+    matching = [run for run in load_presets(output_dir) if run.preset == preset.preset and all(
+        getattr(run, name) == getattr(preset, name) for name in HYPERPARAMETERS + ('init_from',))]
+    return matching[-1] if matching else None
+
+
+def show(preset):
+    """Prints the recipe, the length and the number of parameters of what would be trained."""
+    import resnet
+    with resnet.tf.Graph().as_default():
+        parameters = resnet.ResNet(preset, training=False).count_parameters()
+    print(f'Preset {preset.preset} ({preset.name}): {preset.model} (n = {preset.num_residual_units}), '
+          f'{parameters:,} parameters\n'
+          f'  recipe  {describe_recipe(preset)}\n'
+          f'  length  {counted(preset.length(), "step")}, {preset.num_epochs} epochs at most')
+    for name in HYPERPARAMETERS:
+        print(f'    {name:22} {getattr(preset, name)}')
 
 
 if __name__ == '__main__':

@@ -28,7 +28,8 @@ sys.path.insert(0, PROJECT_DIR)
 import numpy as np
 
 import data_helpers
-from presets_and_results import check_output_dir, exit_on_input_error, make_preset, start_run
+from data_helpers import exit_on_input_error
+from presets_and_results import RESUME, check_output_dir, make_preset, start_run
 
 IMAGES = 45000       # training images, as in CIFAR-10
 EVALUATED = 1000     # images; evaluations are of multiples of so many
@@ -42,15 +43,15 @@ TORCH_BATCH = 125    # images, of an evaluation: its fastest
 
 def ours(preset, images, labels):
     """The scripts' own loop, evaluation and input."""
-    from resnet import ResNet
-    from resnet_train import TO_RESUME, Run, evaluate, make_session
+    from resnet import ResNet, evaluate, make_session
+    from resnet_train import Run
     output_dir = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, output_dir, ignore_errors=True)
     check_output_dir(output_dir)
     start_run(preset, output_dir)
     net = ResNet(preset)
     session = make_session(preset)
-    run = Run(preset, net, session, output_dir, len(images))
+    run = Run(preset, net, session, data_dir='', output_dir=output_dir, n_training=len(images), resume=False)
     session.graph.finalize()
     batches = run.batches(images, labels)
     fixed = next(batches)
@@ -71,7 +72,7 @@ def ours(preset, images, labels):
 
     def save(n):
         for _ in range(n):
-            run.save(next(steps), TO_RESUME)
+            run.save(next(steps), RESUME)
 
     return dict(training=train, training_without_input=train_without_input, input=prepare, saves=save,
                 evaluation=lambda n: evaluate(net, session, images[:n], labels[:n]))

@@ -21,19 +21,20 @@ def digests():
     return {name: hashlib.sha256(content(name)).hexdigest() for name in data_helpers.SHA256}
 
 
-def run_script(script, *flags, tensorflow=True, popen=False, prepare='', timeout=300, **environment):
+def run_script(script, *flags, tensorflow=True, popen=False, prepare='', call='', timeout=300, stdout=subprocess.PIPE,
+               stderr=subprocess.PIPE, **environment):
     """Runs a script as a user would, but with the sample's digests in place of the whole data set's.
 
-    With tensorflow=False any import of TensorFlow fails: the script has to answer without it. timeout is in seconds.
+    With tensorflow=False any import of TensorFlow fails: the script has to answer without it. `prepare` is code
+    that runs before the script, `call` code in place of it. timeout is in seconds.
     """
-    code = ('import sys, runpy; sys.path[:0] = [{tests!r}, {project!r}]; import sample, data_helpers; '
-            'data_helpers.SHA256 = sample.digests(); {block}{prepare}'
-            'sys.argv = {argv!r}; runpy.run_path({path!r}, run_name="__main__")').format(
-                tests=TESTS_DIR, project=PROJECT_DIR, argv=[script] + [str(flag) for flag in flags],
-                path=os.path.join(PROJECT_DIR, script), prepare=prepare,
-                block='' if tensorflow else 'sys.modules["tensorflow"] = None; ')
-    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               universal_newlines=True,
+    block = '' if tensorflow else 'sys.modules["tensorflow"] = None; '
+    path = os.path.join(PROJECT_DIR, script)
+    argv = [script] + [str(flag) for flag in flags]
+    code = (f'import sys, runpy; sys.path[:0] = [{TESTS_DIR!r}, {PROJECT_DIR!r}]; import sample, data_helpers; '
+            f'data_helpers.SHA256 = sample.digests(); {block}{prepare}sys.argv = {argv!r}; ')
+    code += call or f'runpy.run_path({path!r}, run_name="__main__")'
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=stdout, stderr=stderr, universal_newlines=True,
                                env=dict(os.environ, CIFAR10_DIR=SAMPLE_DIR, **environment))
     if popen:
         return process

@@ -29,8 +29,9 @@ TESTS_DIR = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [TESTS_DIR, os.path.dirname(TESTS_DIR)]
 
 import sample
-from presets_and_results import (COLUMNS, InputError, check_output_dir, load_preset, load_presets, make_preset,
-                                 read_preset, start_run)
+from data_helpers import InputError
+from presets_and_results import (COLUMNS, best_checkpoint, check_output_dir, checkpoint_steps, load_preset,
+                                 load_presets, make_preset, read_preset, start_run)
 
 TRAINING = ('--preset', 0, '--batch_size', 30, '--num_epochs', 100000, '--evaluate_every', 20, '--checkpoint_every', 15,
             '--num_checkpoints', 2, '--checkpoint_minutes', 0.02, '--data_augmentation', 'true', '--muon_lr', 0.02)
@@ -114,10 +115,9 @@ def compare(one, other):
 def checkpoints(run_dir):
     """{step: {variable: array}} of all checkpoints."""
     from resnet import tf
-    from resnet_train import checkpoint_path, checkpoint_steps
     found = {}
     for step in checkpoint_steps(run_dir):
-        reader = tf.train.NewCheckpointReader(checkpoint_path(run_dir, step))
+        reader = tf.train.NewCheckpointReader(os.path.join(run_dir, 'checkpoints', f'model-{step}'))
         found[step] = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
     return found
 
@@ -305,8 +305,8 @@ def seeds(folder):
 
 def feed(n, number, folder):
     """Gives n mutated inputs to their readers; prints the peak memory in MB."""
-    from presets_and_results import read_curve, read_network
-    from resnet_train import _open_events
+    from for_report.evidence import read_curves
+    from resnet_train import open_events
     import data_helpers
     import warnings
     warnings.simplefilter('ignore')
@@ -332,11 +332,10 @@ def feed(n, number, folder):
             if read:
                 read(path)
             elif 'tfevents' in path:
-                read_curve(run, output_dir)
-                read_network(run, output_dir)
-                _open_events(os.path.dirname(path), run.steps)
+                read_curves([run], output_dir)
+                open_events(os.path.dirname(path), run.steps)
             else:
-                from resnet_eval import best_checkpoint, restored
+                from resnet_eval import restored
                 restored(run, best_checkpoint(run, output_dir), lambda net, session: None)
         except InputError as error:
             if name != 'data_batch_1' and os.path.basename(name).split('.')[0] not in str(error):

@@ -1,0 +1,401 @@
+"""The scripts as they are met in a terminal: its width, its end, Ctrl-C, what they tell to type next, and --json."""
+import fcntl
+import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+from data_helpers import InputError
+from presets_and_results import (PROJECT_DIR, checkpoint_steps, command, differences, is_shortened, load_preset,
+                                 load_presets, make_preset, remark, state)
+from resnet import tf
+from resnet_train import describe_recipe, git_commit
+from sample import TINY, run_script
+
+ENDLESS = ('--preset', 0, '--batch_size', 20, '--num_epochs', 10000, '--evaluate_every', 10)
+
+
+def in_terminal(script, *flags, width=80, tensorflow=True):
+    """Runs a script in a pseudo-terminal of so many columns; returns its exit status and all that it wrote."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, width, 0, 0))
+    process = run_script(script, *flags, tensorflow=tensorflow, popen=True, stdout=slave, stderr=slave,
+                         COLUMNS='', TERM='xterm')
+    os.close(slave)
+    written = b''
+    while True:
+        try:
+            part = os.read(master, 1 << 16)
+        except OSError:  # Linux's way to say that the last writer has closed it
+            break
+        if not part:
+            break
+        written += part
+    os.close(master)
+    return process.wait(60), written.decode('utf-8', 'replace')
+
+
+def screen_lines(written):
+    """What was written between line ends and carriage returns, without control sequences."""
+    plain = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', written)
+    return [line for line in re.split(r'[\r\n]+', plain) if line]
+
+
+# ------------------------------------------------------------------------------ width
+
+@pytest.mark.parametrize('width', [60, 80, 120])
+def test_nothing_wraps(width, tested, tmp_path):
+    output_dir = str(tmp_path / 'out')
+    status, written = in_terminal('resnet_train.py', *TINY, '--output_dir', output_dir, width=width)
+    assert status == 0, written
+    bars = [line for line in screen_lines(written) if 'training' in line and '/6' in line]
+    assert bars and max(map(len, bars)) <= width
+    status, written = in_terminal('resnet_eval.py', '--output_dir', output_dir, width=width)
+    matrix = [line for line in screen_lines(written) if line.startswith(('airplane', 'true', 'truck'))]
+    assert status == 0 and len(matrix) == 3 and max(map(len, matrix)) <= width
+    shutil.copytree(tested, str(tmp_path / 'table'))
+    status, written = in_terminal('presets_and_results.py', '--output_dir', tmp_path / 'table', width=width,
+                                  tensorflow=False)
+    rows = screen_lines(written)[:2]
+    assert status == 0 and max(map(len, rows)) <= width
+    assert all(word in rows[0] for word in ('run', 'preset', 'test', 'state'))
+    assert ('95 % interval' in rows[0]) == (width == 120)
+
+
+def test_a_long_name_does_not_push_the_answers_aside(tested, tmp_path):
+    short, long = tmp_path / 'a.png', tmp_path / ('b' * 90 + '.png')
+    for path in (short, long):
+        Image.new('RGB', (9, 9)).save(str(path))
+    status, written = in_terminal('resnet_eval.py', '--output_dir', tested, '--images', short, long, width=100)
+    assert status == 0, written
+    line = next(line for line in screen_lines(written) if 'a.png' in line and '%' in line)
+    assert len(line) <= 100
+    preset = load_preset(tested)
+    assert f'By run {preset.timestamp}: preset 3 (study3, ' in written
+    assert f'ResNet8, test accuracy {preset.test_accuracy:.2%}' in written
+
+
+# ------------------------------------------------------------------------------ a console that breaks
+
+@pytest.mark.parametrize('break_it', ['closed', '/dev/full', 'none'])
+def test_a_console_that_breaks_ends_no_training(break_it, tmp_path):
+    options = dict(stdout=open('/dev/full', 'w')) if break_it == '/dev/full' else {}
+    prepare = 'sys.stdout = sys.stderr = None; ' if break_it == 'none' else ''
+    process = run_script('resnet_train.py', *TINY, '--output_dir', tmp_path, popen=True, prepare=prepare, **options)
+    if break_it == 'closed':
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdout = None
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and err == '', err
+    preset = load_preset(str(tmp_path))
+    assert (preset.status, preset.steps) == ('complete', 6)
+    log = (tmp_path / 'runs' / str(preset.timestamp) / 'console.log').read_text()
+    assert break_it == 'none' or 'is complete' in log
+
+
+def test_ctrl_c_after_tee_has_died(tmp_path):
+    process = run_script('resnet_train.py', *ENDLESS, '--output_dir', tmp_path, popen=True)
+    for line in iter(process.stdout.readline, ''):
+        if line.startswith('validation'):
+            break
+    process.stdout.close()
+    process.stdout = None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    preset = load_preset(str(tmp_path))
+    assert process.returncode == 130 and err == '' and preset.status == 'interrupted'
+    assert checkpoint_steps(preset.run_dir(str(tmp_path)))[-1] == preset.steps >= 10
+
+
+def test_the_second_ctrl_c_says_what_is_safe(tmp_path):
+    slow = ('import resnet, time; whole = resnet.evaluate; '
+            'resnet.evaluate = lambda *words: (time.sleep(3), whole(*words))[1]; ')
+    process = run_script('resnet_train.py', *ENDLESS, '--output_dir', tmp_path, popen=True, prepare=slow)
+    for line in iter(process.stdout.readline, ''):
+        if line.startswith('validation  step 20 '):  # step 10 is saved
+            break
+    process.send_signal(signal.SIGINT)
+    for line in iter(process.stdout.readline, ''):
+        if line.startswith('Stopping'):
+            break
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    preset = load_preset(str(tmp_path))
+    assert process.returncode == 130 and preset.steps >= 10
+    assert f'What was saved of step {preset.steps:,} is whole' in out
+    assert f'--resume {preset.timestamp} --output_dir {tmp_path}' in out
+    assert state(preset) == 'interrupted'  # nobody is at it any more
+
+
+# ------------------------------------------------------------------------------ several seeds, longer runs
+
+def test_the_same_command_finishes_what_seeds_began(tmp_path):
+    flags = (*TINY, '--max_steps', 100, '--evaluate_every', 20, '--num_epochs', 1000, '--seeds', 1, 2, 1,
+             '--output_dir', tmp_path)
+    process = run_script('resnet_train.py', *flags, popen=True)
+    for line in iter(process.stdout.readline, ''):
+        if line.startswith('validation'):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Not begun: seeds 2. The same command goes on' in out, err
+    status, out, err = run_script('resnet_train.py', *flags)
+    assert status == 0 and 'Resuming run' in out, err
+    runs = load_presets(str(tmp_path))
+    assert [(run.seed, run.status, run.steps) for run in runs] == [(1, 'complete', 100), (2, 'complete', 100)]
+    status, out, err = run_script('resnet_train.py', *flags, tensorflow=False)
+    assert status == 0 and out.count('is on record, trained') == 2 and len(load_presets(str(tmp_path))) == 2
+
+
+def test_a_seed_that_diverges_does_not_end_the_others(tmp_path):
+    prepare = ('import resnet_train; rate = resnet_train.learning_rate; resnet_train.learning_rate = '
+               'lambda preset, *rest: 1e9 if preset.seed == 1 else rate(preset, *rest); ')
+    code = prepare + 'sys.argv[0] = "resnet_train.py"; resnet_train.main(); sys.exit(); '
+    status, _, err = run_script('resnet_train.py', *TINY, '--seeds', 3, '--output_dir', tmp_path, prepare='',
+                                call=code)
+    assert status == 2 and 'error: seed 1: run' in err and 'diverged' in err.splitlines()[-1]
+    assert [(run.seed, run.status) for run in load_presets(str(tmp_path))] == [
+        (0, 'complete'), (1, 'diverged'), (2, 'complete')]
+
+
+def test_a_run_is_extended(trained, tmp_path):
+    output_dir = str(tmp_path / 'copied')
+    shutil.copytree(trained[0], output_dir)
+    timestamp = load_preset(output_dir).timestamp
+    flags = ('--resume', timestamp, '--output_dir', output_dir)
+    status, _, err = run_script('resnet_train.py', *flags, tensorflow=False)
+    assert status == 2 and 'it is at its end; a larger --num_epochs or --max_steps extends it' in err
+    status, out, err = run_script('resnet_train.py', *flags, '--max_steps', 9)
+    assert status == 0 and f'Resuming run {timestamp} at step 6 of 9' in out, err
+    straight = str(tmp_path / 'straight')
+    assert run_script('resnet_train.py', *TINY, '--seed', 5, '--max_steps', 9, '--output_dir', straight)[0] == 0
+    ends = []
+    for folder in (output_dir, straight):
+        preset = load_preset(folder)
+        reader = tf.train.NewCheckpointReader(preset.checkpoint_path(folder, 9))
+        ends.append({name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()})
+    assert all(np.array_equal(ends[0][name], ends[1][name]) for name in ends[1])
+
+
+def test_a_schedule_that_ends_at_0_is_not_extended(tmp_path):
+    run = make_preset('fast', timestamp=7, status='complete', steps=2112)
+    run.save(str(tmp_path))
+    status, _, err = run_script('resnet_train.py', '--resume', 7, '--num_epochs', 9, '--output_dir', tmp_path,
+                                tensorflow=False)
+    assert status == 2 and 'its learning rate falls to 0 at the end of its 6 epochs' in err and '--init_from 7' in err
+
+
+def test_training_from_the_weights_of_another_run(trained, tmp_path):
+    output_dir = str(tmp_path / 'copied')
+    shutil.copytree(trained[0], output_dir)
+    source = load_preset(output_dir)
+    status, _, err = run_script('resnet_train.py', *TINY, '--max_steps', 1, '--lr', 1e-9, '--init_from',
+                                source.timestamp, '--output_dir', output_dir)
+    assert status == 0, err
+    run = load_preset(output_dir)
+    assert run.init_from == source.timestamp != run.timestamp
+    kernels = [tf.train.NewCheckpointReader(preset.checkpoint_path(output_dir, step)).get_tensor('init/init_conv/DW')
+               for preset, step in ((source, source.early_stopping_epoch), (run, 1))]
+    np.testing.assert_allclose(*kernels, atol=1e-6)
+    status, _, err = run_script('resnet_train.py', '--preset', 4, '--max_steps', 1, '--init_from', source.timestamp,
+                                '--output_dir', output_dir)
+    assert status == 2 and 'do not fit a ResNet56' in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--lr_milestones', '100,200', '--preset', '1'], 'lr_milestones have no effect where lr_decay is 1'),
+    (['--preset', 'fast', '--momentum', '0.9999'], "Muon's weight decay, lr * l2_reg_lambda / (1 - momentum), is 2 a"),
+    (['--seeds', '2', '--resume'], '--seeds and --init_from start runs, --resume resumes one'),
+    (['--init_from', '9'], 'there are no runs in')])
+def test_overrides_without_effect_are_refused(flags, message, tmp_path):
+    status, _, err = run_script('resnet_train.py', *flags, '--output_dir', tmp_path, tensorflow=False)
+    assert status == 2 and message in err and len(err.splitlines()) == 1, err
+
+
+def test_the_length_can_be_lifted():
+    assert make_preset('paper20').length() == 64000
+    assert make_preset('paper20', num_epochs=300).length() == 300 * 352
+    assert make_preset('paper20', max_steps=0).length() == 182 * 352
+
+
+@pytest.mark.parametrize('overrides, words', [
+    (dict(number=1), 'learning rate 0.1, constant, L2 0.001'),
+    (dict(number=2), 'learning rate 0.1 x 0.96 every 24,000 steps'),
+    (dict(number='paper110'), 'learning rate 0.1 after 1 epochs of warm-up, then x 0.1 at steps 32000, 48000'),
+    (dict(number='fast'), 'learning rate 0.4, linearly to 0'),
+    (dict(number='standard'), 'learning rate 0.4 after 5 epochs of warm-up, then linearly to 0'),
+    (dict(number='best20', warmup_epochs=0), 'learning rate 0.1, to 0 as a cosine')])
+def test_the_recipe_in_words(overrides, words):
+    assert words in describe_recipe(make_preset(**overrides))
+
+
+# ------------------------------------------------------------------------------ one set of words, one way to name a run
+
+def test_states_and_remarks():
+    run = dict(number=0, timestamp=5, steps=4224)
+    for values, words in ((dict(status='training'), 'in training'), (dict(status='interrupted'), 'interrupted'),
+                          (dict(status='diverged'), 'diverged'), (dict(status='complete'), 'trained'),
+                          (dict(status='complete', finished=True, test_accuracy=0.5), 'tested')):
+        preset = make_preset(**run, **values)
+        assert state(preset) == words and remark(preset) == ('' if words == 'tested' else words)
+    tested = dict(finished=True, test_accuracy=0.5)
+    assert remark(make_preset(**run, status='interrupted', **tested)) == 'interrupted'
+    assert remark(make_preset(**dict(run, steps=99), status='complete', **tested)) == 'shortened'
+
+
+def test_shortened_is_by_the_preset_s_own_length():
+    assert not is_shortened(make_preset(0, max_steps=4224, steps=4224))
+    assert is_shortened(make_preset('standard', num_epochs=6, steps=2112))
+    assert not is_shortened(make_preset('standard', batch_size=64, steps=21120))
+    assert not is_shortened(make_preset('paper20', steps=64000)) and is_shortened(make_preset('paper20', steps=63999))
+
+
+def test_differences_tell_recipes_apart():
+    assert differences(make_preset('fast', seed=3, mixed_precision=True)) == ''
+    assert differences(make_preset('standard', muon_lr=0, label_smoothing=0)) == 'muon_lr 0, label_smoothing 0'
+    assert differences(make_preset(0, max_steps=4224)) == '' and differences(make_preset(0, max_steps=9)) == 'max_steps 9'
+
+
+def test_ways_to_name_a_run(tmp_path, monkeypatch):
+    for timestamp, accuracy in ((1795558284, 0.9), (1795558300, 0.8), (1695558284, None)):
+        make_preset(0, timestamp=timestamp, test_accuracy=accuracy, finished=accuracy is not None).save(str(tmp_path))
+    for name, timestamp in (('runs/1795558284', 1795558284), ('runs/1795558284/', 1795558284), ('16', 1695558284),
+                            ('best', 1795558284), ('newest', 1795558300), (1795558300, 1795558300)):
+        assert load_preset(str(tmp_path), name).timestamp == timestamp
+    with pytest.raises(InputError, match='there are several runs 17: 1795558284, 1795558300'):
+        load_preset(str(tmp_path), '17')
+
+
+def test_commands_to_type_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(PROJECT_DIR)
+    assert command('resnet_eval.py', '--timestamp', 7) == 'python resnet_eval.py --timestamp 7'
+    folder = str(tmp_path / 'with spaces')
+    line = command('resnet_eval.py', '--timestamp', 7, output_dir=folder, data_dir='/x')
+    assert shlex.split(line) == ['python', 'resnet_eval.py', '--timestamp', '7', '--output_dir', folder,
+                                 '--data_dir', '/x']
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(command('for_report'))[1] == os.path.join(PROJECT_DIR, 'for_report')
+
+
+def test_json_of_the_table_of_a_test_and_of_images(tested, tmp_path):
+    Image.new('RGB', (9, 9)).save(str(tmp_path / 'a.png'))
+    preset = load_preset(tested)
+    status, out, err = run_script('presets_and_results.py', '--json', '--output_dir', tested, tensorflow=False)
+    (row,) = [json.loads(line) for line in out.splitlines()]
+    assert (status, err) == (0, '') and row['timestamp'] == preset.timestamp and row['state'] == 'tested, shortened'
+    assert row['test_accuracy'] == preset.test_accuracy and len(row['test_interval']) == 2
+    status, out, err = run_script('resnet_eval.py', '--json', '--timestamp', preset.timestamp, '--output_dir', tested)
+    (answer,) = [json.loads(line) for line in out.splitlines()]
+    assert (status, err) == (0, '') and answer['test_accuracy'] == preset.test_accuracy
+    assert np.mean(list(answer['accuracy_by_class'].values())) > 0
+    status, out, err = run_script('resnet_eval.py', '--json', '--images', tmp_path / 'a.png', '--output_dir', tested)
+    (answer,) = [json.loads(line) for line in out.splitlines()]
+    assert (status, err) == (0, '') and answer['image'].endswith('a.png')
+    assert sum(answer['probabilities'].values()) == pytest.approx(1, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------ a light repository
+
+def test_a_trimmed_run_keeps_what_it_is_worth(tested, tmp_path):
+    output_dir = str(tmp_path / 'out')
+    shutil.copytree(tested, output_dir)
+    first = load_preset(output_dir)
+    status, _, err = run_script('resnet_train.py', *TINY, '--output_dir', output_dir)  # another run of this network
+    assert status == 0, err
+    second = load_preset(output_dir)
+    status, out, _ = run_script('resnet_train.py', '--trim', '--output_dir', output_dir)
+    assert status == 0 and f'Run {second.timestamp}: left as it is, trained' in out
+    assert run_script('resnet_eval.py', '--output_dir', output_dir)[0] == 0
+    before = {run.timestamp: _read(run, output_dir, 'test_predictions.csv') for run in (first, second)}
+    assert run_script('resnet_train.py', '--trim', '--output_dir', output_dir)[0] == 0
+    for run in (first, second):
+        assert checkpoint_steps(run.run_dir(output_dir)) == [run.early_stopping_epoch]
+        reader = tf.train.NewCheckpointReader(run.checkpoint_path(output_dir, run.early_stopping_epoch))
+        names = set(reader.get_variable_to_shape_map())
+        assert 'logit/DW' in names and 'global_step' in names and not any('Momentum' in name for name in names)
+        assert run_script('resnet_eval.py', '--timestamp', run.timestamp, '--output_dir', output_dir)[0] == 0
+        assert _read(run, output_dir, 'test_predictions.csv') == before[run.timestamp]
+    graphs = [any(event.graph_def for event in _events(run, output_dir)) for run in (first, second)]
+    curves = [sum(bool(event.summary.value) for event in _events(run, output_dir, 'dev')) for run in (first, second)]
+    assert graphs == [True, False] and curves == [3, 3]
+    status, _, err = run_script('resnet_train.py', '--resume', first.timestamp, '--max_steps', 9, '--output_dir', output_dir)
+    assert status == 2 and 'cannot be resumed' in err and len(err.splitlines()) == 1
+
+
+def _read(run, output_dir, name):
+    with open(os.path.join(run.run_dir(output_dir), name)) as file:
+        return file.read()
+
+
+def _events(run, output_dir, name='train'):
+    folder = os.path.join(run.run_dir(output_dir), 'summaries', name)
+    (path,) = os.listdir(folder)
+    return list(tf.train.summary_iterator(os.path.join(folder, path)))
+
+
+def test_only_a_run_s_own_checkpoints_are_removed(trained, tmp_path):
+    output_dir = str(tmp_path / 'out')
+    shutil.copytree(trained[0], output_dir)
+    preset = load_preset(output_dir)
+    folder = os.path.join(preset.run_dir(output_dir), 'checkpoints')
+    strangers = ['my-thesis.docx', 'model-final.index', 'notes-1.txt', 'model-3.h5']
+    for name in strangers + ['model-1.index', 'resume-1.data-00000-of-00001']:
+        with open(os.path.join(folder, name), 'w'):
+            pass
+    status, _, err = run_script('resnet_train.py', '--resume', preset.timestamp, '--max_steps', 9,
+                                '--output_dir', output_dir)
+    assert status == 0, err
+    assert set(strangers) <= set(os.listdir(folder))
+    assert not {'model-1.index', 'resume-1.data-00000-of-00001'} & set(os.listdir(folder))
+
+
+# ------------------------------------------------------------------------------ help, show, log
+
+def test_help_tells_ranges_and_defaults():
+    status, out, err = run_script('resnet_train.py', '--preset', 'fast', '--help', tensorflow=False)
+    text = ''.join(out.split())  # argparse breaks lines at hyphens too
+    assert (status, err) == (0, '')
+    for part in ('a number from 1e-09 to 100; default: 0.4', 'true or false; default: True', '--nesterov [BOOL]',
+                 'step, one-cycle (or linear) or cosine; default: one-cycle', 'seed of the split'):
+        assert part.replace(' ', '') in text, part
+
+
+def test_show_prints_the_recipe_and_ends(tmp_path):
+    status, out, err = run_script('resnet_train.py', '--preset', 'fast', '--nesterov', '--show', '--output_dir', tmp_path)
+    assert (status, err) == (0, '') and os.listdir(str(tmp_path)) == []
+    for part in ('Preset 6 (fast): ResNet20 (n = 3), 269,722 parameters', '2,112 steps', 'linearly to 0', 'nesterov'):
+        assert part in out
+
+
+def test_a_bare_switch_is_true():
+    _, out, _ = run_script('resnet_train.py', '--preset', 3, '--nesterov', '--show')
+    assert re.search(r'nesterov +True', out)
+
+
+def test_each_run_keeps_its_console_log(trained):
+    output_dir, out, _ = trained
+    preset = load_preset(output_dir)
+    with open(os.path.join(preset.run_dir(output_dir), 'console.log'), encoding='utf-8') as file:
+        log = file.read()
+    assert log in out and log.count('validation  step') == 3 and 'is complete' in log and '\r' not in log
+
+
+def test_the_record_names_the_commit(trained):
+    preset = load_preset(trained[0])
+    assert preset.git_commit == git_commit()
+    head = subprocess.run(['git', '-C', PROJECT_DIR, 'rev-parse', 'HEAD'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    own = os.path.isdir(os.path.join(PROJECT_DIR, '.git'))
+    assert (preset.git_commit or '')[:40] == (head.stdout.decode().strip() if own else '')

@@ -1,0 +1,143 @@
+"""What is on disk at any moment: a training broken off at every single write, and what a resumed run keeps."""
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import data_helpers
+import resnet_eval
+import resnet_train
+import sample
+import torture
+from data_helpers import InputError
+from presets_and_results import MODEL, RESUME, Preset, best_checkpoint, checkpoint_steps, load_preset, make_preset
+from resnet_train import Checkpoints, Curves, Run, train
+
+WRITES = ((Preset, 'save'), (Preset, 'log'), (Checkpoints, 'save'), (Checkpoints, 'prune'), (Curves, 'flush'))
+STEPS = dict(batch_size=90, max_steps=5, evaluate_every=2, checkpoint_every=1, num_checkpoints=1)
+
+
+class Killed(BaseException):
+    """As by SIGKILL: nothing is caught, nothing cleaned up."""
+
+
+def begun(output_dir, **overrides):
+    """Trains preset 0 on the sample; returns its Preset."""
+    return train(make_preset(0, **dict(STEPS, **overrides)), sample.SAMPLE_DIR, str(output_dir))
+
+
+def resumed(output_dir, **changes):
+    preset = load_preset(str(output_dir))
+    preset.update(changes)
+    return train(preset, sample.SAMPLE_DIR, str(output_dir), resume=True)
+
+
+def kill_at(number, monkeypatch):
+    """Makes write `number`, counted from 0, and all that come after it, raise Killed; returns the list of writes."""
+    writes = []
+    for owner, name in WRITES:
+        def write(self, *values, _write=getattr(owner, name), _name=name, **options):
+            if len(writes) >= number:
+                raise Killed
+            writes.append(_name)
+            return _write(self, *values, **options)
+        monkeypatch.setattr(owner, name, write)
+    return writes
+
+
+def test_a_kill_at_any_write_changes_nothing_in_the_end(cifar10, tmp_path):
+    short = dict(max_steps=3)
+    begun(tmp_path / 'undisturbed', **short)
+    with pytest.MonkeyPatch.context() as patch:
+        writes = kill_at(10 ** 9, patch)
+        begun(tmp_path / 'counted', **short)
+    assert len(writes) > 12 and set(writes) == {'save', 'log', 'prune', 'flush'}
+    for number in range(2, len(writes)):  # from the first record on
+        output_dir = tmp_path / str(number)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(number, patch)
+            with pytest.raises(Killed):
+                begun(output_dir, **short)
+        if load_preset(str(output_dir)).status != 'complete':
+            resumed(output_dir)
+        torture.compare(str(tmp_path / 'undisturbed'), str(output_dir))
+        shutil.rmtree(str(output_dir))
+
+
+def test_crash_recovery_saves_come_by_the_clock(cifar10, tmp_path, monkeypatch):
+    saves = []
+    save = Run.save
+    monkeypatch.setattr(Run, 'save', lambda run, step, kind: (saves.append((step, kind)), save(run, step, kind)))
+    begun(tmp_path / 'often', evaluate_every=9, checkpoint_every=9, checkpoint_minutes=0)
+    assert saves == [(1, RESUME), (2, RESUME), (3, RESUME), (4, RESUME), (5, MODEL)]
+    del saves[:]
+    begun(tmp_path / 'seldom', evaluate_every=9, checkpoint_every=9)
+    assert saves == [(5, MODEL)]
+    del saves[:]
+    begun(tmp_path / 'between', evaluate_every=9, checkpoint_every=2)
+    assert saves == [(2, RESUME), (4, RESUME), (5, MODEL)]
+
+
+def test_a_save_without_a_validation_gives_the_same_figures(cifar10, tmp_path):
+    """It recomputes no statistics, and nothing depends on whether it did."""
+    torture_free = dict(evaluate_every=2, checkpoint_every=9)
+    first, second = begun(tmp_path / 'a', **torture_free), begun(tmp_path / 'b', **dict(torture_free, checkpoint_every=1))
+    assert (first.val_accuracy, first.early_stopping_epoch) == (second.val_accuracy, second.early_stopping_epoch)
+    ends = [torture.checkpoints(run.run_dir(str(tmp_path / name)))[5] for run, name in ((first, 'a'), (second, 'b'))]
+    assert all(np.array_equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_elapsed_time_is_kept_over_a_resume(cifar10, tmp_path):
+    preset = begun(tmp_path)
+    preset.update(dict(status='interrupted', training_time=50.0))
+    preset.save(str(tmp_path))
+    assert 50 < resumed(tmp_path, max_steps=6).training_time < 55
+
+
+def test_a_run_that_another_process_resumed_is_left_alone(cifar10, tmp_path):
+    preset = begun(tmp_path)
+    preset.update(dict(status='interrupted', max_steps=9))
+    preset.save(str(tmp_path))
+    stale = load_preset(str(tmp_path))
+    resumed(tmp_path)
+    with pytest.raises(InputError, match='was resumed by another process in the meantime'):
+        train(stale, sample.SAMPLE_DIR, str(tmp_path), resume=True)
+    assert load_preset(str(tmp_path)).steps == 9
+
+
+def test_a_test_of_a_run_that_was_trained_further_is_not_recorded(cifar10, tmp_path):
+    preset = begun(tmp_path)
+    images, labels = data_helpers.load(sample.SAMPLE_DIR, data_helpers.TEST_FILES)
+    checkpoint = best_checkpoint(preset, str(tmp_path))
+    stale = load_preset(str(tmp_path))
+    preset.update(dict(early_stopping_epoch=preset.early_stopping_epoch + 1))
+    preset.save(str(tmp_path))
+    with pytest.raises(InputError, match='was trained further in the meantime; test it again'):
+        resnet_eval.test(stale, checkpoint, images, labels, str(tmp_path))
+    assert not load_preset(str(tmp_path)).finished
+
+
+def test_where_the_best_checkpoint_is_gone_the_latest_is_tested(cifar10, tmp_path, capsys):
+    preset = begun(tmp_path, evaluate_every=1, num_checkpoints=9)
+    run_dir = preset.run_dir(str(tmp_path))
+    preset.update(dict(early_stopping_epoch=1))
+    folder = os.path.join(run_dir, 'checkpoints')
+    for name in os.listdir(folder):
+        if re.match(r'model-1\.', name):
+            os.unlink(os.path.join(folder, name))
+    steps = checkpoint_steps(run_dir)
+    assert best_checkpoint(preset, str(tmp_path)) == preset.checkpoint_path(str(tmp_path), 5) and steps[-1] == 5
+    assert 'step 1, is not there; taking the latest, step 5' in capsys.readouterr().err
+
+
+def test_a_diverged_run_resumes_from_its_good_checkpoint_at_a_lower_rate(cifar10, tmp_path):
+    preset = begun(tmp_path)
+    preset.update(dict(status='diverged', max_steps=7))
+    preset.save(str(tmp_path))
+    flags = dict(preset=None, seeds=None, init_from=None, output_dir=str(tmp_path), resume=preset.timestamp)
+    with pytest.raises(InputError, match='was started with lr 0.1, and is resumed with it'):
+        resnet_train._to_resume(flags, {'lr': '0.2'})
+    run = resnet_train._to_resume(flags, {'lr': '0.01'})
+    assert run.lr == 0.01 and train(run, sample.SAMPLE_DIR, str(tmp_path), resume=True).status == 'complete'
