@@ -31,6 +31,7 @@ import tarfile
 import tempfile
 import time
 import traceback
+import unicodedata
 import urllib.request
 import warnings
 
@@ -43,6 +44,7 @@ except ImportError:  # Windows
 INSTALL = 'install what is missing with: pip install -r requirements.txt'
 try:
     import numpy as np
+    import scipy.special  # for the table of runs; what is missing is said here
     from PIL import Image, ImageCms, ImageFile, PngImagePlugin, UnidentifiedImageError, features
     from tqdm import tqdm
 except ImportError as problem:
@@ -133,6 +135,19 @@ class Busy(InputError):
 def printable(text):
     """A foreign text for consoles, workbooks and pictures: control characters and broken letters become '?'."""
     return ''.join(letter if letter.isprintable() else '?' for letter in text)
+
+
+def text_width(text):
+    """The columns that a text takes in a terminal, where East Asian letters take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in 'WF' else 1 for letter in text)
+
+
+def shortened(text, width):
+    """A text cut in its middle to so many columns."""
+    while text_width(text) > width:
+        middle = len(text) // 2
+        text = text[:middle - 2] + '...' + text[middle + 2:]
+    return text
 
 
 def warn(problem):
@@ -1146,7 +1161,6 @@ def _decode(file, memory):
         _mend_transparency(image)
         image.load_end = functools.partial(_forgive, image.load_end)  # reads what stands behind the pixels
         image.load()
-        _fit(image, memory)  # an icon says its size too late
         if image.format == 'TGA' and image.mode.endswith('A') and not header[17] & 15:
             image.putalpha(255)  # the file says that its fourth channel is no alpha
         pixels, orientation = _to_rgb(image), _orientation(image)

@@ -13,14 +13,13 @@ Imports neither TensorFlow nor matplotlib nor openpyxl: a wrong flag is refused,
 """
 import collections
 import contextlib
-import itertools
 import json
 import os
 import pickle
 import re
 import shlex
 import shutil
-import statistics
+import subprocess
 import tempfile
 import time
 
@@ -28,7 +27,7 @@ import numpy as np
 
 from data_helpers import (PROJECT_DIR, UNFINISHED, ArgumentParser, Busy, InputError, exit_on_input_error, file_lock,
                           printable, read_pickle, steps_per_epoch, warn, write_atomically)
-from for_report.uncertainty import difference_of_means, holm, mcnemar, wilson
+from for_report.uncertainty import HINT, SIGNIFICANCE, compare, compare_recipes, spread, verdict, wilson
 
 TRAINING_IMAGES = 45000
 TEST_IMAGES = 10000                   # where a run's own predictions are not at hand
@@ -41,10 +40,10 @@ NEWEST, BEST = 'newest', 'best'       # in place of a timestamp
 LOCK = '.lock'                        # of a run's folder, and of INFOS/
 LOG_PATIENCE = 60                     # seconds to wait for INFOS/, which others hold for milliseconds
 RUN_PATIENCE = 1                      # seconds to wait for a run, which a table may be looking at
-ABANDONED = 3600                      # seconds after which a killed process's leavings are nobody's
+ABANDONED = 3600                      # seconds after which what a killed process left is removed
 MODEL, RESUME = 'model', 'resume'     # kinds of checkpoint: fit to judge by; to resume from, its statistics lag
 PREDICTIONS = 'test_predictions.csv'  # in runs/<timestamp>/
-SIGNIFICANCE = 0.05                   # two networks differ where chance alone would make them so more rarely
+CONSOLE_LOG = 'console.log'           # in runs/<timestamp>/
 COMPARED = 5                          # best runs whose networks are compared in the table; the workbook has all
 LARGEST_DECAY = 0.1                   # share of a kernel that Muon's weight decay may take in a step
 
@@ -154,6 +153,7 @@ FIELDS = {
                                           '0: SGD trains them'),
     'git_commit': free_text(None, 'of the code that trained; "with changes" where files differed from it'),
     'init_from': Number(None, int, 0, 10**12, 'timestamp of the run whose weights it started from'),
+    'rate_history': free_text(None, 'learning rates before the run diverged and was resumed with lower ones'),
 }
 COLUMNS = tuple(FIELDS)
 HYPERPARAMETERS = tuple(  # have a flag of their name
@@ -164,6 +164,8 @@ HYPERPARAMETERS = tuple(  # have a flag of their name
 HOW_COMPUTED = ('seed', 'checkpoint_every', 'num_checkpoints', 'checkpoint_minutes', 'allow_soft_placement',
                 'log_device_placement', 'mixed_precision', 'xla')
 RECIPE = tuple(name for name in HYPERPARAMETERS if name not in HOW_COMPUTED)  # what a result depends on, chance apart
+LINEAR = ('schedule', 'linear')  # the other name of one-cycle, which suits it better without a warm-up
+ORIGIN = ('init_from', 'rate_history')  # so does it on these, which have no flag of a hyperparameter
 
 
 # ------------------------------------------------------------------------------ presets
@@ -231,8 +233,8 @@ def _check_recipe(preset, overrides):
     """Raises InputError where parts of a recipe contradict each other, or an override would have no effect."""
     for name in ('warmup_epochs', 'low_resolution_epochs'):
         if getattr(preset, name) >= preset.num_epochs:
-            raise InputError(f'{name} is {getattr(preset, name):g}, which leaves none of num_epochs '
-                             f'{preset.num_epochs} for the rest of the recipe; give --{name} too, smaller')
+            raise InputError(f'{name} {getattr(preset, name):g} must be less than num_epochs {preset.num_epochs}; give '
+                             f'--{name} too, smaller')
     for name in ('lr_decay', 'lr_milestones'):
         changed = name in overrides and getattr(preset, name) != FIELDS[name].default
         if changed and preset.schedule != 'step':
@@ -267,7 +269,7 @@ class Preset:
             if name not in FIELDS:
                 raise InputError(f'unknown preset attribute {name!r}')
             if value is not None or FIELDS[name].default is not None:
-                value = FIELDS[name].check(name, value)
+                value = FIELDS[name].check(name, 'one-cycle' if (name, value) == LINEAR else value)
             setattr(self, name, value)
         if 'num_residual_units' in values:
             self.model = f'ResNet{self.depth}'
@@ -403,7 +405,7 @@ def _plain(name, value):
 def load_presets(output_dir):
     """All runs on record, oldest first. A refused file is named on stderr and the others load.
 
-    A record is the file whose name is the record's own. A training that nobody is at any more counts as interrupted.
+    A record is the file whose name is the record's own. A training whose process has ended counts as interrupted.
     """
     folder = os.path.join(output_dir, 'INFOS', 'pickles')
     presets = []
@@ -441,14 +443,15 @@ def load_preset(output_dir, timestamp=NEWEST):
             raise InputError(f'no run is tested, so none is the best; test them with: {test}')
         return best
     wanted = os.path.basename(os.path.normpath(str(timestamp)))
-    exact = [preset for preset in presets if str(preset.timestamp) == wanted]
-    matching = exact or [preset for preset in presets if str(preset.timestamp).startswith(wanted)]
-    if len(matching) == 1 and str(timestamp):
-        return matching[0]
-    known = ', '.join(str(preset.timestamp) for preset in matching if str(timestamp)) or ', '.join(
-        str(preset.timestamp) for preset in presets)
-    raise InputError(f'there are several runs {wanted}: {known}' if len(matching) > 1 and str(timestamp)
-                     else f'there is no run {timestamp}; known: {known}')
+    known = {str(preset.timestamp): preset for preset in presets}
+    matching = [name for name in known if name.startswith(wanted)]
+    if wanted in known:
+        return known[wanted]
+    if len(matching) == 1:
+        return known[matching[0]]
+    if matching:
+        raise InputError(f'several runs begin with {wanted}: {", ".join(matching)}')
+    raise InputError(f'there is no run {timestamp}; known: {", ".join(known)}')
 
 
 def no_runs(output_dir):
@@ -467,12 +470,12 @@ def command(script, *words, output_dir=PROJECT_DIR, data_dir=None):
         words += ['--output_dir', output_dir]
     if data_dir is not None and os.path.abspath(data_dir) != os.path.join(PROJECT_DIR, 'data'):
         words += ['--data_dir', data_dir]
-    return ' '.join(map(shlex.quote, words))
+    return subprocess.list2cmdline(words) if os.name == 'nt' else ' '.join(map(shlex.quote, words))
 
 
 # ------------------------------------------------------------------------------ folders and locks
 
-def check_output_dir(output_dir):
+def check_output_dir(output_dir, advice='name another with --output_dir'):
     """Makes the folders of the results. Raises InputError where they cannot be written, before hours are spent."""
     path = os.path.abspath(output_dir)
     globbed = [letter for letter in '*?[]' + '\\' * (os.sep != '\\') if letter in path]
@@ -484,26 +487,23 @@ def check_output_dir(output_dir):
             os.makedirs(os.path.join(output_dir, folder), exist_ok=True)
             tempfile.TemporaryFile(dir=os.path.join(output_dir, folder)).close()
     except OSError as error:
-        raise InputError(f'cannot write to the output folder ({error}); name another with --output_dir')
+        raise InputError(f'cannot write to the output folder ({error}); {advice}')
     _tidy(output_dir)
 
 
 def _tidy(output_dir):
-    """Removes what killed processes left an hour ago or more: half-written records, run folders without anything."""
+    """Removes what killed processes left an hour ago or more: half-written records, run folders with nothing in them."""
     pickles, runs = os.path.join(output_dir, 'INFOS', 'pickles'), os.path.join(output_dir, 'runs')
-    leavings = [os.path.join(pickles, name) for name in os.listdir(pickles)
-                if UNFINISHED in name or re.search(r'\.pickle\.\w{8}\Z', name)]  # the latter by older versions
+    records = [os.path.join(pickles, name) for name in os.listdir(pickles) if f'.pickle{UNFINISHED}' in name]
     folders = [os.path.join(runs, name) for name in os.listdir(runs) if name.isdigit()]
-    locks = [os.path.join(folder, LOCK) for folder in folders
-             if os.path.isdir(folder) and not os.path.islink(folder) and os.listdir(folder) == [LOCK]]
-    for path in leavings + locks:
+    for path in records + folders:
         with contextlib.suppress(OSError):
-            if time.time() - os.lstat(path).st_mtime > ABANDONED:
+            if time.time() - os.lstat(path).st_mtime < ABANDONED:
+                continue
+            if path in records:
                 os.unlink(path)
-    for folder in folders:
-        with contextlib.suppress(OSError):  # it is not empty, or no folder
-            if time.time() - os.lstat(folder).st_mtime > ABANDONED or os.path.join(folder, LOCK) in locks:
-                os.rmdir(folder)
+            elif set(os.listdir(path)) <= {LOCK, CONSOLE_LOG}:
+                shutil.rmtree(path)  # which refuses a link
 
 
 def start_run(preset, output_dir):
@@ -607,7 +607,7 @@ def _read_predictions(path, preset):
     if abs((labels == predictions).mean() - preset.test_accuracy) > 1e-6:
         raise ValueError('they are not those of the recorded test accuracy')
     if min(labels.min(), predictions.min()) < 0 or labels.max() > 9 or predictions.max() >= preset.num_classes:
-        raise ValueError('they name classes that there are not')
+        raise ValueError('they name unknown classes')
     return labels, predictions
 
 
@@ -650,7 +650,7 @@ def differences(preset):
     if preset.preset not in PRESETS:
         return ''
     own = make_preset(preset.preset)
-    names = [name for name in RECIPE if getattr(preset, name) != getattr(own, name)]
+    names = [name for name in RECIPE + ORIGIN if getattr(preset, name) != getattr(own, name)]
     if preset.length() == own.length() and 'max_steps' in names:
         names.remove('max_steps')
     values = [getattr(preset, name) for name in names]
@@ -659,8 +659,8 @@ def differences(preset):
 
 
 def recipe(preset):
-    """What makes two runs differ by chance alone, as far as they are trained on CIFAR-10: a tuple to compare."""
-    names = [name for name in RECIPE if name != 'max_steps']
+    """A tuple. Runs with equal ones differ by chance alone."""
+    names = [name for name in RECIPE + ORIGIN if name != 'max_steps']
     return (preset.preset, preset.length()) + tuple(getattr(preset, name) for name in names)
 
 
@@ -672,53 +672,17 @@ def test_interval(preset, predictions):
     return wilson(preset.test_accuracy * n, n)
 
 
-Comparison = collections.namedtuple('Comparison', 'first second only_first only_second p adjusted_p')
-Seeds = collections.namedtuple('Seeds', 'preset seeds accuracies mean deviation low high')
-
-
 def compare_networks(presets, predictions):
-    """Comparisons of all pairs of `presets` (numbered from 1) of different recipes, tested on the same images.
-
-    p is McNemar's, adjusted_p corrects it for the number of pairs by Holm's method.
-    """
-    numbered = [(number, preset) for number, preset in enumerate(presets, 1) if preset.timestamp in predictions]
-    pairs = []
-    for (first, preset), (second, rival) in itertools.combinations(numbered, 2):
-        labels, predicted = predictions[preset.timestamp]
-        rival_labels, rival_predicted = predictions[rival.timestamp]
-        if recipe(preset) != recipe(rival) and np.array_equal(labels, rival_labels):
-            hits, rival_hits = predicted == labels, rival_predicted == labels
-            pairs.append((first, second, int((hits & ~rival_hits).sum()), int((rival_hits & ~hits).sum())))
-    ps = [mcnemar(only_first, only_second) for _, _, only_first, only_second in pairs]
-    return [Comparison(*pair, p, adjusted) for pair, p, adjusted in zip(pairs, ps, holm(ps))]
-
-
-def verdict(comparison):
-    """'networks 1 and 2 cannot be told apart' or 'networks 1 and 2 differ beyond chance'."""
-    words = 'differ beyond chance' if comparison.adjusted_p < SIGNIFICANCE else 'cannot be told apart'
-    return f'networks {comparison.first} and {comparison.second} {words}'
+    """uncertainty.compare of the `presets` (numbered from 1) that have test predictions: a list of Comparisons."""
+    return compare([(number, recipe(preset)) + predictions[preset.timestamp]
+                    for number, preset in enumerate(presets, 1) if preset.timestamp in predictions])
 
 
 def over_seeds(presets):
-    """Seeds of each recipe that was run to its end with several: mean, sample standard deviation, range."""
-    recipes = collections.OrderedDict()
-    for preset in sorted(presets, key=lambda preset: preset.timestamp):  # of a seed's runs the first, not the luckiest
-        if preset.finished and preset.status == 'complete' and preset.test_accuracy is not None:
-            recipes.setdefault(recipe(preset), {}).setdefault(preset.seed, preset)
-    groups = []
-    for runs in recipes.values():
-        if len(runs) > 1:
-            accuracies = [runs[seed].test_accuracy for seed in sorted(runs)]
-            groups.append(Seeds(next(iter(runs.values())), sorted(runs), accuracies, statistics.mean(accuracies),
-                                statistics.stdev(accuracies), min(accuracies), max(accuracies)))
-    return groups
-
-
-def compare_recipes(groups):
-    """[(Seeds, Seeds, difference of their mean test accuracies, low, high)] of all pairs with three seeds or more."""
-    enough = [seeds for seeds in groups if len(seeds.seeds) >= 3]
-    return [(first, second) + tuple(difference_of_means(first.accuracies, second.accuracies))
-            for first, second in itertools.combinations(enough, 2)]
+    """uncertainty.spread of the runs that were trained to their end and tested: a list of Seeds, a recipe each."""
+    return spread([(recipe(preset), preset.seed, preset.test_accuracy, preset)
+                   for preset in sorted(presets, key=lambda preset: preset.timestamp)
+                   if preset.finished and preset.status == 'complete' and preset.test_accuracy is not None])
 
 
 # ------------------------------------------------------------------------------ the table of runs
@@ -780,25 +744,26 @@ def print_chance(presets, predictions):
     """Prints the spread over seeds, which recipes differ by their seeds, and which networks cannot be told apart."""
     groups = over_seeds(presets)
     for seeds in groups:
-        print(f'{describe(seeds.preset)}: test accuracy {seeds.mean:.2%} on average over {len(seeds.seeds)} seeds, '
+        print(f'{describe(seeds.run)}: test accuracy {seeds.mean:.2%} on average over {len(seeds.seeds)} seeds, '
               f'standard deviation {100 * seeds.deviation:.2f} points, from {seeds.low:.2%} to {seeds.high:.2%}')
     for first, second, difference, low, high in compare_recipes(groups):
-        print(f'{describe(first.preset)} against {describe(second.preset)}: {100 * difference:+.2f} points, 95 % '
-              f'interval {100 * low:+.2f} to {100 * high:+.2f}, by their seeds')
-    comparisons = [comparison for comparison in compare_networks(presets, predictions) if comparison.second <= COMPARED]
+        hint = f' (fewer than {HINT} seeds: a hint)' if min(len(first.seeds), len(second.seeds)) < HINT else ''
+        print(f'{describe(first.run)} against {describe(second.run)}: {100 * difference:+.2f} points by their seeds, '
+              f'95 % interval {100 * low:+.2f} to {100 * high:+.2f}{hint}')
+    comparisons = compare_networks(presets[:COMPARED], predictions)
     for comparison in comparisons:
         if comparison.adjusted_p >= SIGNIFICANCE:
-            print(f'These two {verdict(comparison)} (p = {comparison.adjusted_p:.2f}): {comparison.only_first:,} test '
+            print(f'{verdict(comparison).capitalize()} (p = {comparison.adjusted_p:.2f}): {comparison.only_first:,} test '
                   f'images only {comparison.first} got right, {comparison.only_second:,} only {comparison.second}')
     if comparisons:
         differing = sum(comparison.adjusted_p < SIGNIFICANCE for comparison in comparisons)
-        print(f"Among the best {COMPARED}, {differing} of {len(comparisons)} pairs of networks of different recipes "
-              f"differ beyond chance (McNemar's exact test, Holm's correction, p < {SIGNIFICANCE}).")
-    silent = [str(number) for number, preset in enumerate(presets, 1)
-              if preset.finished and preset.timestamp not in predictions]
-    if silent:
-        more = f' and {len(silent) - COMPARED} more' if len(silent) > COMPARED else ''
-        print(f'Without saved test predictions: {", ".join(silent[:COMPARED])}{more}. A test saves them.')
+        print(f"Among runs 1 to {min(COMPARED, len(presets))}, {differing} of {len(comparisons)} pairs of networks of "
+              f"different recipes differ beyond chance (McNemar's exact test, Holm's correction, p < {SIGNIFICANCE}).")
+    unsaved = [str(number) for number, preset in enumerate(presets, 1)
+               if preset.finished and preset.timestamp not in predictions]
+    if unsaved:
+        more = f' and {len(unsaved) - COMPARED} more' if len(unsaved) > COMPARED else ''
+        print(f'Without saved test predictions: {", ".join(unsaved[:COMPARED])}{more}. A test saves them.')
 
 
 def describe(preset):

@@ -25,9 +25,9 @@ import numpy as np
 
 import data_helpers
 from data_helpers import PROJECT_DIR, ArgumentParser, InputError, Progress, console_log, exit_on_input_error, warn
-from presets_and_results import (FIELDS, HYPERPARAMETERS, MODEL, NAMES, NEWEST, RECIPE, RESUME, Number, Preset, Switch,
-                                 best_checkpoint, check_output_dir, command, load_preset, load_presets, locked,
-                                 make_preset, read_preset, start_run, state)
+from presets_and_results import (CONSOLE_LOG, FIELDS, HYPERPARAMETERS, MODEL, NAMES, NEWEST, RECIPE, RESUME,
+                                 TRAINING_IMAGES, Number, Switch, best_checkpoint, check_output_dir, command,
+                                 load_preset, load_presets, locked, make_preset, read_preset, start_run, state)
 # TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
 
 DECAY_STEPS = 24000       # training steps between decays of the learning rate
@@ -37,10 +37,10 @@ REFRESH_BATCH = 500       # images
 OPTIONS = ('nesterov', 'muon_lr', 'label_smoothing', 'data_augmentation', 'random_erasing', 'mixup',
            'low_resolution_epochs', 'mixed_precision', 'xla')  # of a recipe: named where they are on
 HOW_MANY_SEEDS = Number(None, int, 1, 1000, 'seeds')
+CODE = ('*.py', 'tensorboard_run', 'requirements.txt')  # what git is asked about
 HPARAMS_METRICS = (('dev', 'best_accuracy'), ('dev', 'accuracy'), ('dev', 'loss'), ('train', 'loss'),
                    ('train', 'images_per_second'))
 ALL = 'all'               # in place of a timestamp
-CONSOLE_LOG = 'console.log'  # in runs/<timestamp>/
 CHECKPOINT_FILE = re.compile(rf'({MODEL}|{RESUME})-\d+\.(index|data-\d+-of-\d+)(\.tempstate\d*)?\Z')
 
 
@@ -87,17 +87,39 @@ def describe_recipe(preset):
 
 def _course(preset):
     """The learning rate schedule in words, to follow the rate."""
-    warmup = f' after {preset.warmup_epochs:g} epochs of warm-up, then' if preset.warmup_epochs else ','
     if preset.schedule == 'one-cycle':
-        return f'{warmup} linearly to 0'
-    if preset.schedule == 'cosine':
-        return f'{warmup} to 0 as a cosine'
-    if preset.lr_decay == 1:
-        return f'{warmup} constant'
-    places = f'every {DECAY_STEPS:,} steps'
-    if preset.lr_milestones:
-        places = 'at steps ' + preset.lr_milestones.replace(',', ', ')
-    return f'{warmup.rstrip(",")} x {preset.lr_decay:g} {places}'
+        course = 'linearly to 0'
+    elif preset.schedule == 'cosine':
+        course = 'to 0 as a cosine'
+    elif preset.lr_decay == 1:
+        course = 'constant'
+    elif preset.lr_milestones:
+        steps = ', '.join(f'{int(milestone):,}' for milestone in preset.lr_milestones.split(','))
+        course = f'x {preset.lr_decay:g} at steps {steps}'
+    else:
+        course = f'x {preset.lr_decay:g} every {DECAY_STEPS:,} steps'
+    if preset.warmup_epochs:
+        return f' after {counted(preset.warmup_epochs, "epoch")} of warm-up, then {course}'
+    return f' {course}' if course.startswith('x ') else f', {course}'
+
+
+def describe_training(preset, parameters, n_training):
+    """What would be trained, for the console: network, recipe and length, of n_training images."""
+    steps_per_epoch = data_helpers.steps_per_epoch(n_training, preset.batch_size)
+    steps, whole = preset.length(n_training), preset.num_epochs * steps_per_epoch
+    length = f'{counted(steps, "step")}, {counted(round(steps / steps_per_epoch, 3), "epoch")}'
+    if steps < whole and preset.schedule != 'step':
+        length += f'; cut short: the learning rate falls over {whole:,} steps'
+    return (f'Preset {preset.preset} ({preset.name}): {preset.model} (n = {preset.num_residual_units}), '
+            f'{parameters:,} parameters\n'
+            f'  recipe  {describe_recipe(preset)}\n'
+            f'  length  {length}')
+
+
+def counted(n, noun):
+    """'1 step', '2,000 steps', '0.5 epochs'."""
+    number = f'{int(n):,}' if n == int(n) else f'{n:g}'
+    return f'{number} {noun}' if n == 1 else f'{number} {noun}s'
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -180,7 +202,7 @@ class Run:
             if path:
                 self.checkpoints.prune(path)
         self.saved = time.monotonic()
-        self.progress = Progress(total=self.last_step, initial=preset.steps, desc='training', unit='step')
+        self.progress = Progress(total=self.last_step, initial=preset.steps, desc='training', unit='steps')
 
     def _begin_record(self, resume):
         from resnet import device_name, tf
@@ -202,18 +224,12 @@ class Run:
     def announce(self, n_training, n_validation):
         """Says what runs, on what, and where it writes."""
         preset = self.preset
-        whole = preset.num_epochs * self.steps_per_epoch
-        cut = f' of the {whole:,} that its schedule is made for' if preset.schedule != 'step' else ''
         if preset.steps:
             print(f'Resuming run {preset.timestamp} at step {preset.steps:,} of {self.last_step:,}')
         if self.resumed_from not in (None, preset.tensorflow_version):
             print(f'It began under TensorFlow {self.resumed_from}; this is {preset.tensorflow_version}: the results '
                   'will differ by rounding')
-        print(f'Preset {preset.preset} ({preset.name}): {preset.model} (n = {preset.num_residual_units}), '
-              f'{self.net.count_parameters():,} parameters\n'
-              f'  recipe  {describe_recipe(preset)}\n'
-              f'  length  {counted(self.last_step, "step")}{cut if self.last_step < whole else ""}, '
-              f'{self.last_step / self.steps_per_epoch:.4g} epochs\n'
+        print(f'{describe_training(preset, self.net.count_parameters(), n_training)}\n'
               f'  data    {n_training:,} training and {n_validation:,} validation images from {self.data_dir}\n'
               f'  device  {preset.device}; TensorFlow {preset.tensorflow_version}, Python {preset.python_version}\n'
               f'  writes  {preset.run_dir(self.output_dir)} and {os.path.join(self.output_dir, "INFOS")}', flush=True)
@@ -304,9 +320,13 @@ class Run:
     def _diverge(self, step, what):
         self._end('diverged')
         rate = learning_rate(self.preset, step - 1, self.steps_per_epoch)
-        good = f'step {self.preset.steps:,}' if self.preset.steps else 'none'
-        raise InputError(f'run {self.preset.timestamp} diverged: {what} at step {step:,}, learning rate {rate:g}; its '
-                         f'last good checkpoint: {good}. Try a lower {_rate_flags(self.preset)}')
+        advice = f'Try a lower {_rate_flags(self.preset)}'
+        if self.preset.steps:
+            resume = self._command('resnet_train.py', '--resume', self.preset.timestamp)
+            advice = (f'Its checkpoint of step {self.preset.steps:,} is good: resume it with a lower '
+                      f'{_rate_flags(self.preset)}: {resume}')
+        raise InputError(f'run {self.preset.timestamp} diverged: {what} at step {step:,}, learning rate {rate:g}. '
+                         f'{advice}')
 
     def _end(self, status):
         with self._writing():
@@ -325,14 +345,14 @@ class Run:
     def _writing(self):
         """Where something cannot be written, says what is safe."""
         from resnet import reason, tf
-        recorded, held = os.path.exists(self.preset.pickle_path(self.output_dir)), self.preset.steps
+        recorded, saved = os.path.exists(self.preset.pickle_path(self.output_dir)), self.preset.steps
         try:
             yield
         except (OSError, tf.errors.OpError, ValueError) as error:  # the saver raises ValueError where a folder is gone
-            safe = 'Nothing of it was saved; when this is mended, start anew'
+            safe = 'Nothing was saved; fix this and start again'
             if recorded:
                 resume = self._command('resnet_train.py', '--resume', self.preset.timestamp)
-                safe = f'What was saved of step {held:,} is whole; when this is mended, resume it with: {resume}'
+                safe = f'What was saved of step {saved:,} is whole; fix this and resume it with: {resume}'
             raise InputError(f'run {self.preset.timestamp} cannot be written ({reason(error)}). {safe}')
 
 
@@ -357,7 +377,7 @@ class Checkpoints:
             self.saver.restore(self.session, path)
             return path
         except Exception as error:  # a damaged file can raise anything
-            raise InputError(f'run {preset.timestamp} cannot be resumed: {path} is missing or damaged '
+            raise InputError(f'run {preset.timestamp} cannot be resumed: {path} is missing, trimmed or damaged '
                              f'({reason(error)}); bring it back, or train anew with --preset {preset.preset}')
 
     def load_weights(self, source):
@@ -402,11 +422,11 @@ class Curves:
 
     def open(self, graph):
         """Opens the files; what they held beyond the last save is gone, for it will come again."""
-        upto = self.preset.steps or -1  # the graph, at step 0, comes again
+        last_step = self.preset.steps or -1  # the graph, at step 0, comes again
         self.writers[''], _ = open_events(self.folder, -1)
         self._describe_hparams()
-        self.writers['train'], _ = open_events(os.path.join(self.folder, 'train'), upto)
-        self.writers['dev'], self.validations = open_events(os.path.join(self.folder, 'dev'), upto)
+        self.writers['train'], _ = open_events(os.path.join(self.folder, 'train'), last_step)
+        self.writers['dev'], self.validations = open_events(os.path.join(self.folder, 'dev'), last_step)
         if not self.preset.steps:
             self._write('train', 0, graph_def=graph.as_graph_def(add_shapes=True).SerializeToString())
         self.flush()
@@ -528,11 +548,11 @@ def trim(output_dir, timestamp=None):
     What stays is the best checkpoint without momentum, the curves, and a graph for the first run of each network.
     """
     presets = load_presets(output_dir)
-    chosen = presets if timestamp is None else [load_preset(output_dir, timestamp)]
+    chosen = None if timestamp is None else load_preset(output_dir, timestamp).timestamp
     networks = set()
     for preset in presets:
         network = (preset.model, preset.num_classes)
-        if preset.timestamp in [run.timestamp for run in chosen]:
+        if chosen in (None, preset.timestamp):
             if preset.finished and preset.status == 'complete':
                 with locked(preset, output_dir):
                     _trim_run(preset, output_dir, with_graph=network not in networks)
@@ -545,6 +565,7 @@ def trim(output_dir, timestamp=None):
 def _trim_run(preset, output_dir, with_graph):
     from resnet import ResNet, make_session, reason, tf
     path = best_checkpoint(preset, output_dir)
+    light = os.path.join(os.path.dirname(path), 'trimmed')
     with tf.Graph().as_default():
         ResNet(preset, training=False)
         tf.train.get_or_create_global_step()
@@ -552,10 +573,16 @@ def _trim_run(preset, output_dir, with_graph):
             checkpoints = Checkpoints(preset, session, output_dir)
             try:
                 checkpoints.saver.restore(session, path)
-                checkpoints.saver.save(session, path, write_meta_graph=False)
+                checkpoints.saver.save(session, light, write_meta_graph=False)
+                checkpoints.saver.restore(session, light)  # so that what takes the old one's place is whole
+                for name in os.listdir(os.path.dirname(light)):
+                    if name.startswith(os.path.basename(light) + '.'):
+                        whole = os.path.join(os.path.dirname(light), name)
+                        os.replace(whole, path + whole[len(light):])
             except Exception as error:  # a damaged file can raise anything
                 raise InputError(f'{path} is missing, damaged or cannot be written ({reason(error)})')
     checkpoints.prune(path)
+    tf.train.update_checkpoint_state(os.path.dirname(path), os.path.basename(path))
     writer, _ = open_events(os.path.join(preset.run_dir(output_dir), 'summaries', 'train'), sys.maxsize, with_graph)
     writer.close()
 
@@ -581,7 +608,7 @@ def _check_unchanged(preset, output_dir):
 def _refreshing_batches(images):
     """The first training images (they are shuffled), scaled: float32 [500, 32, 32, 3] in [-1, 1]."""
     images = images[:REFRESH_IMAGES]
-    with Progress(total=len(images), desc='recomputing batch-norm statistics', unit='image') as progress:
+    with Progress(total=len(images), desc='recomputing batch-norm statistics', unit='images') as progress:
         for i in range(0, len(images), REFRESH_BATCH):
             yield data_helpers.scale(images[i:i + REFRESH_BATCH])
             progress.update(REFRESH_BATCH)
@@ -597,25 +624,28 @@ def _memory_for(what, advice):
         raise InputError(f'the memory is too small for {what}: {advice} ({reason(error)})')
 
 
-STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
-
-
 @contextlib.contextmanager
 def _stop_request(preset, data_dir, output_dir):
-    """A list that fills on Ctrl-C, SIGTERM or a lost connection, for the loop to end in its own time; a second one
-    breaks the training off."""
+    """A list that fills on Ctrl-C, SIGTERM or a lost connection, for the loop to end in its own time.
+
+    A second Ctrl-C breaks the training off. A signal that is ignored, as under nohup, stays so.
+    """
     asked = []
 
     def handler(number, frame):
-        if asked:
+        if not asked:
+            asked.append(number)
+            print('\nStopping: validating and saving. Ctrl-C again breaks it off.', flush=True)
+        elif number == signal.SIGINT:
             resume = command('resnet_train.py', '--resume', preset.timestamp, output_dir=output_dir, data_dir=data_dir)
             print(f'\nBroken off. What was saved of step {preset.steps or 0:,} is whole; resume it with:\n  {resume}',
                   flush=True)
             sys.exit(128 + number)
-        print('\nStopping: validating and saving. Ctrl-C again breaks it off.', flush=True)
-        asked.append(number)
 
-    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    names = [name for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names]
+    previous = {number: signal.signal(number, handler) for number in numbers
+                if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield asked
     finally:
@@ -632,14 +662,9 @@ def git_commit():
         if os.path.realpath(git('rev-parse', '--show-toplevel')) != os.path.realpath(PROJECT_DIR):
             return None  # somebody else's repository, in which the code happens to lie
         commit = git('rev-parse', 'HEAD')
-        return f'{commit} with changes' if git('status', '--porcelain', '--untracked-files=no') else commit
+        return f'{commit} with changes' if git('status', '--porcelain', '--untracked-files=no', '--', *CODE) else commit
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def counted(n, noun):
-    """'1 step', '2,000 steps'."""
-    return f'{n:,} {noun}' if n == 1 else f'{n:,} {noun}s'
 
 
 def _rate_flags(preset):
@@ -652,10 +677,12 @@ def _rate_flags(preset):
 @exit_on_input_error
 def main(arguments=None):
     flags = vars(_parser(arguments).parse_args(arguments))
+    overrides = {name: flags[name] for name in HYPERPARAMETERS if flags[name] is not None}
     if flags['trim'] is not None:
+        if overrides or flags['resume'] or flags['seeds'] or flags['preset']:
+            raise InputError('--trim trains nothing: leave out the other flags')
         trim(flags['output_dir'], None if flags['trim'] == ALL else flags['trim'])
         return
-    overrides = {name: flags[name] for name in HYPERPARAMETERS if flags[name] is not None}
     if flags['resume'] is not None:
         presets = [_to_resume(flags, overrides)]
     else:
@@ -670,10 +697,7 @@ def main(arguments=None):
 
 
 def _parser(arguments):
-    chooser = argparse.ArgumentParser(add_help=False)  # the help tells the defaults of the preset that is named
-    chooser.add_argument('--preset', nargs='?')
-    named = chooser.parse_known_args(arguments)[0].preset
-    defaults = make_preset(named) if named in [str(key) for known in NAMES for key in (known, NAMES[known][0])] else Preset()
+    defaults = _preset_for_help(arguments)
     parser = ArgumentParser(description=__doc__, epilog='presets, by number or name:\n' + _list_of_presets())
     parser.add_argument('--preset', metavar='N', help='what to train, see below (default: 0)')
     parser.add_argument('--show', action='store_true', help='print the recipe, length and parameter count, and end')
@@ -694,6 +718,16 @@ def _parser(arguments):
         group.add_argument('--' + name, metavar=field.type.__name__.upper(),
                            help=f'{field.meaning} ({field.expected}{default})', **bare)
     return parser
+
+
+def _preset_for_help(arguments):
+    """The preset that the arguments name, for the defaults that --help tells; preset 0 where there is no such preset."""
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument('--preset', nargs='?', default=0)
+    try:
+        return make_preset(chooser.parse_known_args(arguments)[0].preset)
+    except InputError:
+        return make_preset(0)
 
 
 def _list_of_presets():
@@ -721,43 +755,30 @@ def _requested(flags, overrides):
 
 
 def _to_resume(flags, overrides):
-    """The Preset that --resume means, extended as the flags say. Raises InputError where it cannot be resumed so."""
+    """The Preset that --resume means, changed as the flags say. Raises InputError where it cannot be resumed so."""
     if flags['seeds'] or flags['init_from']:
         raise InputError('--seeds and --init_from start runs, --resume resumes one: leave one of them out')
-    timestamp = flags['resume']
+    preset = _stopped_run(flags['output_dir'], flags['resume'])
     changes = {name: FIELDS[name].check(name, value) for name, value in overrides.items()}
     if flags['preset'] is not None:
         changes['preset'] = make_preset(flags['preset']).preset
-    preset = unfinished(flags['output_dir'], timestamp, extending=bool({'num_epochs', 'max_steps'} & set(changes)))
-    for name, value in changes.items():
-        if value != getattr(preset, name):
-            _check_change(preset, name, value)
-    preset.update(changes)
+    changes = {name: value for name, value in changes.items() if value != getattr(preset, name)}
+    rates = {name for name in changes if name in ('lr', 'muon_lr') and preset.status == 'diverged'}
+    for name in changes:
+        if name not in rates | {'num_epochs', 'max_steps'}:
+            raise InputError(f'run {preset.timestamp} was started with {name} {getattr(preset, name)}, and is resumed '
+                             f'with it; leave out --{name}')
+    _extend(preset, {name: changes[name] for name in set(changes) - rates})
+    _lower(preset, {name: changes[name] for name in rates})
     return preset
 
 
-def _check_change(preset, name, value):
-    """Raises InputError where a resumed run cannot have another value of a hyperparameter."""
-    held = getattr(preset, name)
-    if name == 'num_epochs' and preset.schedule != 'step':
-        raise InputError(f'run {preset.timestamp} cannot be extended: its learning rate falls to 0 at the end of its '
-                         f'{held} epochs; start anew from its weights with --init_from {preset.timestamp}')
-    longer = name in ('num_epochs', 'max_steps') and (held is None or value > held or value == 0)
-    lower = name in ('lr', 'muon_lr') and preset.status == 'diverged' and value < held
-    if not longer and not lower:
-        raise InputError(f'run {preset.timestamp} was started with {name} {held}, and is resumed with it; leave out '
-                         f'--{name}')
-
-
-def unfinished(output_dir, timestamp=NEWEST, extending=False):
-    """The run with this timestamp, or the newest interrupted one.
-
-    Raises InputError where it cannot be resumed; a run at its end can, if it is to be extended.
-    """
-    if timestamp == NEWEST and not extending:
+def _stopped_run(output_dir, timestamp):
+    """The run with this timestamp, or the newest interrupted one. Raises InputError where it is at work or lost."""
+    if timestamp == NEWEST:
         interrupted = [preset for preset in load_presets(output_dir) if preset.status == 'interrupted']
         if not interrupted:
-            raise InputError(f'there is no interrupted run in {output_dir}')
+            raise InputError(f'there is no interrupted run in {output_dir}; --resume TIMESTAMP names another to extend')
         return interrupted[-1]
     preset = load_preset(output_dir, timestamp)
     if preset.status == 'training':
@@ -765,10 +786,34 @@ def unfinished(output_dir, timestamp=NEWEST, extending=False):
     if preset.status == 'diverged' and not preset.steps:
         raise InputError(f'run {preset.timestamp} cannot be resumed: it diverged before its first checkpoint; train it '
                          f'anew with a lower {_rate_flags(preset)}')
-    if preset.status not in ('interrupted', 'diverged') and not extending:
+    return preset
+
+
+def _extend(preset, changes):
+    """Gives a run a new num_epochs or max_steps. Raises InputError where it would not train on by that."""
+    length = preset.length()
+    if 'num_epochs' in changes and preset.schedule != 'step':
+        raise InputError(f'run {preset.timestamp} cannot be extended: its learning rate falls to 0 at the end of its '
+                         f'{preset.num_epochs} epochs; start anew from its weights with --init_from {preset.timestamp}')
+    if 'num_epochs' in changes:
+        changes.setdefault('max_steps', None)
+    preset.update(changes)
+    if changes and preset.length() <= length:
+        raise InputError(f'run {preset.timestamp} cannot be resumed so: {preset.length():,} steps are no more than the '
+                         f'{length:,} that it has')
+    if preset.status not in ('interrupted', 'diverged') and not changes:
         raise InputError(f'run {preset.timestamp} cannot be resumed: it is at its end; a larger --num_epochs or '
                          '--max_steps extends it')
-    return preset
+
+
+def _lower(preset, rates):
+    """Gives a diverged run lower rates, and records those that it had."""
+    for name, value in sorted(rates.items()):
+        before = getattr(preset, name)
+        if value >= before:
+            raise InputError(f'run {preset.timestamp} diverged with {name} {before}: --{name} must be lower')
+        history = f'{name} {before:g} to step {preset.steps}'
+        preset.update({name: value, 'rate_history': '; '.join(filter(None, [preset.rate_history, history]))})
 
 
 def _train_one(preset, flags):
@@ -784,7 +829,8 @@ def _train_seeds(presets, flags):
     for k, preset in enumerate(presets):
         run = _on_record(preset, flags['output_dir'])
         if run is not None and run.status != 'interrupted':
-            print(f'Seed {preset.seed}: run {run.timestamp} is on record, {state(run)}')
+            print(f'Seed {preset.seed}: run {run.timestamp} is on record, {state(run)}; --seed {preset.seed} in place of '
+                  '--seeds trains another')
             if run.status == 'diverged':
                 failures.append(f'seed {preset.seed} diverged')
             continue
@@ -794,9 +840,8 @@ def _train_seeds(presets, flags):
             warn(error)
             failures.append(f'seed {preset.seed}: {error}')
         except SystemExit:
-            rest = ', '.join(str(later.seed) for later in presets[k + 1:])
-            print(f'Not begun: seeds {rest}. The same command goes on with all of them.' if rest else
-                  'The same command resumes it.')
+            rest = ', '.join(str(preset.seed) for preset in presets[k + 1:])
+            print(f'The same command resumes it and then trains seed {rest}.' if rest else 'So does the same command.')
             raise
     if failures:
         raise InputError('; '.join(failures))
@@ -810,14 +855,11 @@ def _on_record(preset, output_dir):
 
 
 def show(preset):
-    """Prints the recipe, the length and the number of parameters of what would be trained."""
+    """Prints what would be trained, with all hyperparameters."""
     import resnet
     with resnet.tf.Graph().as_default():
         parameters = resnet.ResNet(preset, training=False).count_parameters()
-    print(f'Preset {preset.preset} ({preset.name}): {preset.model} (n = {preset.num_residual_units}), '
-          f'{parameters:,} parameters\n'
-          f'  recipe  {describe_recipe(preset)}\n'
-          f'  length  {counted(preset.length(), "step")}, {preset.num_epochs} epochs at most')
+    print(describe_training(preset, parameters, TRAINING_IMAGES))
     for name in HYPERPARAMETERS:
         print(f'    {name:22} {getattr(preset, name)}')
 

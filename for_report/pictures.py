@@ -8,7 +8,6 @@ import contextlib
 import io
 import logging
 import textwrap
-import unicodedata
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from data_helpers import CLASSES
+from data_helpers import CLASSES, shortened
 from presets_and_results import NAMES, differences, recipe
 from for_report.evidence import (OURS, STUDY, STUDY_2020, confusion_matrix, network_stages, study_gaps, study_points,
                                  study_runs, study_series, write_report)
@@ -438,7 +437,7 @@ def contact_sheet(preset, labels, previews, pictures, probabilities, output_dir,
                   fontsize=8, va='center')
         for k in range(shown):
             left, bottom = width * (k % across), height * (down - 1 - k // across)
-            text, family = _drawable(_fitting(labels[k], 48))
+            text, family = _drawable(shortened(labels[k], 48))
             axes.text(left + 0.1, bottom + 1.6, text, fontsize=8, va='center', family=family)
             _draw_pictures(axes, left, bottom + 0.78, previews[k], pictures[k])
             _draw_probabilities(axes, left + 3.75, bottom + 0.78, probabilities[k][:len(CLASSES)])
@@ -469,19 +468,6 @@ def _draw_probabilities(axes, left, middle, probabilities):
     for place, name, p in zip(places, CLASSES, probabilities):
         axes.text(left - 0.05, place, name, fontsize=6, ha='right', va='center')
         axes.text(left + 0.05 + p, place, f'{100 * p:.1f}', fontsize=6, va='center')
-
-
-def _columns(text):
-    """The width of a text in a terminal, where East Asian letters take two columns."""
-    return sum(2 if unicodedata.east_asian_width(letter) in 'WF' else 1 for letter in text)
-
-
-def _fitting(text, columns):
-    """A text cut in its middle to so many columns."""
-    while _columns(text) > columns:
-        middle = len(text) // 2
-        text = text[:middle - 2] + '...' + text[middle + 2:]
-    return text
 
 
 def _drawable(text):

@@ -21,8 +21,8 @@ from openpyxl.worksheet.page import PageMargins
 from openpyxl.worksheet.pagebreak import Break
 from openpyxl.worksheet.properties import PageSetupProperties
 
-from presets_and_results import (COLUMNS, compare_networks, compare_recipes, describe, differences, over_seeds, remark,
-                                 test_interval, verdict)
+from for_report.uncertainty import HINT, compare_recipes, verdict
+from presets_and_results import (COLUMNS, compare_networks, describe, differences, over_seeds, remark, test_interval)
 from for_report.evidence import (OURS, STUDY, STUDY_2020, study_gaps, study_points, study_runs, study_series,
                                  write_report)
 
@@ -36,7 +36,6 @@ FORMATS = {'training_time': '0.0', 'images_per_second': '0', 'p': P, 'adjusted_p
            'difference_95_low': POINTS, 'difference_95_high': POINTS}
 WIDEST = 44        # letters of a column; longer texts go over several lines
 PAGE = 110         # letters across a landscape page of A4 at a scale of 100 %, also in a wide font
-ENOUGH_SEEDS = 6   # of a recipe, for more than a hint
 
 HEADING = Font(name='Calibri', size=11, bold=True)
 HEADING_FILL = PatternFill('solid', fgColor='DCEBF5')
@@ -150,7 +149,7 @@ def _fill_seeds(sheet, groups):
     rows = [['recipe', 'model', 'seeds', 'number_of_seeds', 'mean_test_accuracy', 'standard_deviation_accuracy',
              'lowest_accuracy', 'highest_accuracy']]
     for seeds in groups:
-        rows.append([describe(seeds.preset), seeds.preset.model, ', '.join(map(str, seeds.seeds)), len(seeds.seeds),
+        rows.append([describe(seeds.run), seeds.run.model, ', '.join(map(str, seeds.seeds)), len(seeds.seeds),
                      seeds.mean, seeds.deviation, seeds.low, seeds.high])
     _fill_noted(sheet, 'Recipes that were trained to their end with several seeds, and tested.', rows)
 
@@ -158,11 +157,11 @@ def _fill_seeds(sheet, groups):
 def _fill_recipes(sheet, groups):
     sheet.title = 'recipes'
     note = ("Do two recipes differ? The difference of their mean test accuracies with Welch's 95% interval, where both "
-            f'have three seeds or more; a hint where one has fewer than {ENOUGH_SEEDS}.')
+            f'have three seeds or more; a hint where one has fewer than {HINT}.')
     rows = [['first', 'second', 'first_seeds', 'second_seeds', 'difference_accuracy', 'difference_95_low',
              'difference_95_high', 'these two recipes']]
     for first, second, difference, low, high in compare_recipes(groups):
-        rows.append([describe(first.preset), describe(second.preset), len(first.seeds), len(second.seeds), difference,
+        rows.append([describe(first.run), describe(second.run), len(first.seeds), len(second.seeds), difference,
                      low, high, _recipes_verdict(first, second, low, high)])
     _fill_noted(sheet, note, rows)
 
@@ -171,7 +170,7 @@ def _recipes_verdict(first, second, low, high):
     if low <= 0 <= high:
         return 'cannot be told apart'
     better = 'the first is better' if low > 0 else 'the second is better'
-    hint = min(len(first.seeds), len(second.seeds)) < ENOUGH_SEEDS
+    hint = min(len(first.seeds), len(second.seeds)) < HINT
     return f'hint: {better}' if hint else better
 
 

@@ -81,14 +81,14 @@ def ours(preset, images, labels):
 def study(preset, images, labels):
     """The 2020 way: unfused layers, augmentation image by image, lists of float64 arrays fed."""
     import resnet
-    from resnet import BN_EPSILON, BN_MOMENTUM, tf
+    from resnet import BN_EPSILON, tf
 
     def activation(self, x, name, training):
         with tf.variable_scope(name):
             beta, gamma, *moving = self._statistics(x.shape[-1].value)
         batch = tf.nn.moments(x, [0, 1, 2])
         if training:
-            self._moves += [tf.assign(m, m * BN_MOMENTUM + b * (1 - BN_MOMENTUM)) for m, b in zip(moving, batch)]
+            self._batch_statistics += zip(moving, batch)
         x = tf.nn.batch_normalization(x, *batch, offset=beta, scale=gamma, variance_epsilon=BN_EPSILON)
         return tf.where(tf.less(x, 0.0), self.preset.relu_leakiness * x, x)
 

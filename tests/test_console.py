@@ -9,17 +9,16 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import termios
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import sample
+import resnet_train
 from data_helpers import InputError
 from presets_and_results import (PROJECT_DIR, checkpoint_steps, command, differences, is_shortened, load_preset,
-                                 load_presets, make_preset, remark, state)
+                                 load_predictions, load_presets, make_preset, recipe, remark, state)
 from resnet import tf
 from resnet_train import describe_recipe, git_commit
 from sample import TINY, run_script
@@ -140,6 +139,27 @@ def test_the_second_ctrl_c_says_what_is_safe(tmp_path):
     assert state(preset) == 'interrupted'  # nobody is at it any more
 
 
+@pytest.mark.parametrize('signals, ignored, ends', [
+    (['SIGHUP'], True, False), (['SIGTERM', 'SIGHUP'], False, True), (['SIGHUP', 'SIGTERM'], False, True)])
+def test_signals(signals, ignored, ends, tmp_path):
+    """nohup is respected; what a closing session sends after the first signal does not break off the last save."""
+    prepare = 'import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); ' if ignored else ''
+    process = run_script('resnet_train.py', *ENDLESS, '--output_dir', tmp_path, popen=True, prepare=prepare)
+    for line in iter(process.stdout.readline, ''):
+        if line.startswith('validation'):
+            break
+    for name in signals:
+        process.send_signal(getattr(signal, name))
+    if not ends:
+        lines = [process.stdout.readline() for _ in range(2)]
+        assert all(line.startswith('validation') for line in lines)
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    preset = load_preset(str(tmp_path))
+    assert process.returncode == 130 and err == '' and 'is interrupted' in out
+    assert checkpoint_steps(preset.run_dir(str(tmp_path)))[-1] == preset.steps
+
+
 # ------------------------------------------------------------------------------ several seeds, longer runs
 
 def test_the_same_command_finishes_what_seeds_began(tmp_path):
@@ -151,7 +171,7 @@ def test_the_same_command_finishes_what_seeds_began(tmp_path):
             break
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and 'Not begun: seeds 2. The same command goes on' in out, err
+    assert process.returncode == 130 and 'The same command resumes it and then trains seed 2.' in out, err
     status, out, err = run_script('resnet_train.py', *flags)
     assert status == 0 and 'Resuming run' in out, err
     runs = load_presets(str(tmp_path))
@@ -188,6 +208,25 @@ def test_a_run_is_extended(trained, tmp_path):
         reader = tf.train.NewCheckpointReader(preset.checkpoint_path(folder, 9))
         ends.append({name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()})
     assert all(np.array_equal(ends[0][name], ends[1][name]) for name in ends[1])
+
+
+@pytest.mark.parametrize('preset, values, flags, message', [
+    (0, dict(steps=6, max_steps=6), ['--max_steps', '1'], '1 steps are no more than the 6 that it has'),
+    (0, dict(steps=4224), ['--num_epochs', '6'], 'it is at its end; a larger --num_epochs or --max_steps extends it'),
+    (0, dict(steps=4224), ['--max_steps', '0'], '4,224 steps are no more than the 4,224 that it has'),
+    (0, dict(steps=6, max_steps=6), ['--lr', '0.5'], 'was started with lr 0.1, and is resumed with it')])
+def test_a_finished_run_is_not_lost_to_flags(preset, values, flags, message, tmp_path):
+    run = make_preset(preset, timestamp=7, status='complete', finished=True, test_accuracy=0.5, **values)
+    run.save(str(tmp_path))
+    status, _, err = run_script('resnet_train.py', '--resume', 7, *flags, '--output_dir', tmp_path, tensorflow=False)
+    assert status == 2 and message in err, err
+    assert vars(load_preset(str(tmp_path))) == vars(run)
+
+
+def test_more_epochs_lift_the_preset_s_own_end():
+    run = make_preset('paper20', timestamp=7, status='complete', steps=64000)
+    resnet_train._extend(run, {'num_epochs': 300})
+    assert run.length() == 300 * 352
 
 
 def test_a_schedule_that_ends_at_0_is_not_extended(tmp_path):
@@ -234,7 +273,7 @@ def test_the_length_can_be_lifted():
 @pytest.mark.parametrize('overrides, words', [
     (dict(number=1), 'learning rate 0.1, constant, L2 0.001'),
     (dict(number=2), 'learning rate 0.1 x 0.96 every 24,000 steps'),
-    (dict(number='paper110'), 'learning rate 0.1 after 1 epochs of warm-up, then x 0.1 at steps 32000, 48000'),
+    (dict(number='paper110'), 'learning rate 0.1 after 1 epoch of warm-up, then x 0.1 at steps 32,000, 48,000'),
     (dict(number='fast'), 'learning rate 0.4, linearly to 0'),
     (dict(number='standard'), 'learning rate 0.4 after 5 epochs of warm-up, then linearly to 0'),
     (dict(number='best20', warmup_epochs=0), 'learning rate 0.1, to 0 as a cosine')])
@@ -264,18 +303,22 @@ def test_shortened_is_by_the_preset_s_own_length():
 
 
 def test_differences_tell_recipes_apart():
+    tuned = make_preset('fast', init_from=7)
+    assert differences(tuned) == 'init_from 7' and recipe(tuned) != recipe(make_preset('fast'))
+    assert recipe(make_preset('fast', seed=1, max_steps=2112)) == recipe(make_preset('fast'))
+    assert vars(make_preset('fast', schedule='linear')) == vars(make_preset('fast'))
     assert differences(make_preset('fast', seed=3, mixed_precision=True)) == ''
     assert differences(make_preset('standard', muon_lr=0, label_smoothing=0)) == 'muon_lr 0, label_smoothing 0'
     assert differences(make_preset(0, max_steps=4224)) == '' and differences(make_preset(0, max_steps=9)) == 'max_steps 9'
 
 
-def test_ways_to_name_a_run(tmp_path, monkeypatch):
+def test_ways_to_name_a_run(tmp_path):
     for timestamp, accuracy in ((1795558284, 0.9), (1795558300, 0.8), (1695558284, None)):
         make_preset(0, timestamp=timestamp, test_accuracy=accuracy, finished=accuracy is not None).save(str(tmp_path))
     for name, timestamp in (('runs/1795558284', 1795558284), ('runs/1795558284/', 1795558284), ('16', 1695558284),
                             ('best', 1795558284), ('newest', 1795558300), (1795558300, 1795558300)):
         assert load_preset(str(tmp_path), name).timestamp == timestamp
-    with pytest.raises(InputError, match='there are several runs 17: 1795558284, 1795558300'):
+    with pytest.raises(InputError, match='several runs begin with 17: 1795558284, 1795558300'):
         load_preset(str(tmp_path), '17')
 
 
@@ -300,7 +343,11 @@ def test_json_of_the_table_of_a_test_and_of_images(tested, tmp_path):
     status, out, err = run_script('resnet_eval.py', '--json', '--timestamp', preset.timestamp, '--output_dir', tested)
     (answer,) = [json.loads(line) for line in out.splitlines()]
     assert (status, err) == (0, '') and answer['test_accuracy'] == preset.test_accuracy
-    assert np.mean(list(answer['accuracy_by_class'].values())) > 0
+    predictions = load_predictions([preset], tested)[preset.timestamp]
+    for k, accuracy in enumerate(answer['accuracy_by_class'].values()):
+        assert accuracy == (predictions[1] == k)[predictions[0] == k].mean()
+    status, out, err = run_script('resnet_eval.py', '--json', '--output_dir', tested, tensorflow=False)
+    assert (status, out) == (0, '') and 'Every run is tested' in err
     status, out, err = run_script('resnet_eval.py', '--json', '--images', tmp_path / 'a.png', '--output_dir', tested)
     (answer,) = [json.loads(line) for line in out.splitlines()]
     assert (status, err) == (0, '') and answer['image'].endswith('a.png')
@@ -373,6 +420,23 @@ def test_help_tells_ranges_and_defaults():
         assert part.replace(' ', '') in text, part
 
 
+def test_help_tells_what_is_trained_where_no_preset_is_named():
+    _, out, _ = run_script('resnet_train.py', '--help', tensorflow=False)
+    assert 'images per training step (a whole number from 1 to 45000; default: 64)' in ' '.join(out.split())
+
+
+def test_a_missing_package_is_a_line():
+    status, out, err = run_script('resnet_train.py', '--help', prepare='', call=(
+        'sys.modules.pop("data_helpers"); sys.modules["scipy"] = None; '
+        f'runpy.run_path({os.path.join(PROJECT_DIR, "resnet_train.py")!r}, run_name="__main__")'))
+    assert (status, out) == (2, '') and 'pip install -r requirements.txt' in err and len(err.splitlines()) == 1
+
+
+def test_show_says_that_a_schedule_is_cut_short():
+    _, out, _ = run_script('resnet_train.py', '--preset', 'fast', '--max_steps', 20, '--show')
+    assert '20 steps, 0.057 epochs; cut short: the learning rate falls over 2,112 steps' in out
+
+
 def test_show_prints_the_recipe_and_ends(tmp_path):
     status, out, err = run_script('resnet_train.py', '--preset', 'fast', '--nesterov', '--show', '--output_dir', tmp_path)
     assert (status, err) == (0, '') and os.listdir(str(tmp_path)) == []
@@ -393,9 +457,25 @@ def test_each_run_keeps_its_console_log(trained):
     assert log in out and log.count('validation  step') == 3 and 'is complete' in log and '\r' not in log
 
 
-def test_the_record_names_the_commit(trained):
-    preset = load_preset(trained[0])
-    assert preset.git_commit == git_commit()
-    head = subprocess.run(['git', '-C', PROJECT_DIR, 'rev-parse', 'HEAD'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    own = os.path.isdir(os.path.join(PROJECT_DIR, '.git'))
-    assert (preset.git_commit or '')[:40] == (head.stdout.decode().strip() if own else '')
+def test_the_record_names_the_commit(trained, tmp_path, monkeypatch):
+    assert load_preset(trained[0]).git_commit == git_commit()
+
+    def git(*words):
+        return subprocess.check_output(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', '-C', str(tmp_path)]
+                                       + list(words), universal_newlines=True, stderr=subprocess.DEVNULL).strip()
+    monkeypatch.setattr(resnet_train, 'PROJECT_DIR', str(tmp_path))
+    assert git_commit() is None
+    git('init')
+    (tmp_path / 'resnet.py').write_text('1')
+    (tmp_path / 'INFOS').mkdir()
+    (tmp_path / 'INFOS' / 'train_overall.txt').write_text('1')
+    git('add', '-A')
+    git('commit', '-m', 'first')
+    assert git_commit() == git('rev-parse', 'HEAD')
+    (tmp_path / 'INFOS' / 'train_overall.txt').write_text('2')  # as a training changes it
+    assert git_commit() == git('rev-parse', 'HEAD')
+    (tmp_path / 'resnet.py').write_text('2')
+    assert git_commit() == git('rev-parse', 'HEAD') + ' with changes'
+    (tmp_path / 'deeper').mkdir()
+    monkeypatch.setattr(resnet_train, 'PROJECT_DIR', str(tmp_path / 'deeper'))
+    assert git_commit() is None  # the repository is somebody else's

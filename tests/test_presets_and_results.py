@@ -293,7 +293,7 @@ def test_leavings_are_tidied_and_nothing_else(tmp_path):
         folder.mkdir()
     (locked_only / '.lock').write_bytes(b'')
     (full / 'thesis.docx').write_bytes(b'mine')
-    torn = [tmp_path / 'INFOS' / 'pickles' / name for name in ('0_5.pickle.unfinished-1a2b', '0_5.pickle.abcd_123')]
+    torn = [tmp_path / 'INFOS' / 'pickles' / name for name in ('0_5.pickle.unfinished-1a2b', '1_6.pickle.unfinished-ff')]
     kept = [tmp_path / 'INFOS' / 'pickles' / name for name in ('0_5.pickle', '0_5.pickle.zip', 'notes.txt')]
     for path in torn + kept:
         path.write_bytes(b'x')

@@ -82,8 +82,8 @@ def test_crash_recovery_saves_come_by_the_clock(cifar10, tmp_path, monkeypatch):
 
 def test_a_save_without_a_validation_gives_the_same_figures(cifar10, tmp_path):
     """It recomputes no statistics, and nothing depends on whether it did."""
-    torture_free = dict(evaluate_every=2, checkpoint_every=9)
-    first, second = begun(tmp_path / 'a', **torture_free), begun(tmp_path / 'b', **dict(torture_free, checkpoint_every=1))
+    seldom = dict(evaluate_every=2, checkpoint_every=9)
+    first, second = begun(tmp_path / 'a', **seldom), begun(tmp_path / 'b', **dict(seldom, checkpoint_every=1))
     assert (first.val_accuracy, first.early_stopping_epoch) == (second.val_accuracy, second.early_stopping_epoch)
     ends = [torture.checkpoints(run.run_dir(str(tmp_path / name)))[5] for run, name in ((first, 'a'), (second, 'b'))]
     assert all(np.array_equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -137,7 +137,8 @@ def test_a_diverged_run_resumes_from_its_good_checkpoint_at_a_lower_rate(cifar10
     preset.update(dict(status='diverged', max_steps=7))
     preset.save(str(tmp_path))
     flags = dict(preset=None, seeds=None, init_from=None, output_dir=str(tmp_path), resume=preset.timestamp)
-    with pytest.raises(InputError, match='was started with lr 0.1, and is resumed with it'):
+    with pytest.raises(InputError, match='diverged with lr 0.1: --lr must be lower'):
         resnet_train._to_resume(flags, {'lr': '0.2'})
     run = resnet_train._to_resume(flags, {'lr': '0.01'})
-    assert run.lr == 0.01 and train(run, sample.SAMPLE_DIR, str(tmp_path), resume=True).status == 'complete'
+    assert (run.lr, run.rate_history) == (0.01, 'lr 0.1 to step 5')
+    assert train(run, sample.SAMPLE_DIR, str(tmp_path), resume=True).status == 'complete'

@@ -451,7 +451,7 @@ def test_the_contact_sheet_shows_pictures_and_bars(trained, tmp_path):
     ('resnet_train.py', ['--preset', ''], 'there is no preset ; choose one of'),
     ('resnet_train.py', ['--preset', 'fast', '--lr_decay', '0.5'], 'lr_decay has no part in the schedule one-cycle'),
     ('resnet_train.py', ['--preset', '12', '--lr_milestones', '5'], 'lr_milestones has no part in the schedule cosine'),
-    ('resnet_train.py', ['--preset', 'standard', '--num_epochs', '5'], 'warmup_epochs is 5, which leaves none of'),
+    ('resnet_train.py', ['--preset', 'standard', '--num_epochs', '5'], 'warmup_epochs 5 must be less than num_epochs 5'),
     ('resnet_train.py', ['--seeds', '0'], '--seeds must be a whole number from 1'),
     ('resnet_train.py', ['--seeds', '1', 'x'], "seed must be a whole number from 0 to 4294967295, not 'x'"),
     ('resnet_eval.py', ['--output_dir', '{trained}', '--timestamp', '7'], 'there is no run 7; known: {timestamp}'),
@@ -481,6 +481,16 @@ def test_bad_input(script, flags, message, trained, tmp_path):
     assert status == 2 and message.format(**names) in err, err
     lines = [line for line in err.splitlines() if not line.startswith('skipped:')]
     assert len(lines) == 1 and lines[0].startswith(script + ': error: ')
+
+
+def test_a_read_only_folder_is_tested_elsewhere(trained, tmp_path):
+    blocked = tmp_path / 'blocked'
+    shutil.copytree(trained[0], str(blocked))
+    prepare = ('import tempfile; tempfile.TemporaryFile = lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only file '
+               'system")); ')
+    status, _, err = run_script('resnet_eval.py', '--output_dir', blocked, tensorflow=False, prepare=prepare)
+    assert status == 2 and 'Read-only file system' in err
+    assert 'copy INFOS/ and runs/ to a folder of your own, and test there with --output_dir' in err
 
 
 def test_a_damaged_checkpoint_is_named(trained, tmp_path):
