@@ -1,48 +1,51 @@
-"""Tests trained runs on CIFAR-10's 10,000 test images, or classifies a person's own images.
+"""Tests trained runs on CIFAR-10's 10,000 test images, classifies a person's own images, or exports a network.
 
-    python resnet_eval.py                            every run that is not finished
+    python resnet_eval.py                            every untested run
     python resnet_eval.py --timestamp 1795558284     that run
     python resnet_eval.py --timestamp                the newest
-    python resnet_eval.py --timestamp 1795558284 --images cat.jpg photos/
+    python resnet_eval.py --timestamp best --images cat.jpg photos/
+    python resnet_eval.py --timestamp best --export network/
 
 A test takes the run's best checkpoint by validation accuracy, prints accuracy by class and the
 confusion matrix, and records the test accuracy in the run's pickle and in INFOS/eval_overall.txt,
 and the predictions beside the checkpoints. Images are drawn in for_report/used_images.png too.
+An export is for programs without this collection: SavedModel, TensorFlow Lite and ONNX, with a model.json that
+says what they are and how to call them.
 """
+import contextlib
+import hashlib
+import importlib.util
+import json
 import os
+import secrets
+import shutil
+import subprocess
 import sys
+import tempfile
 import unicodedata
 
 import numpy as np
 from PIL import Image
 
 import data_helpers
-from presets_and_results import (NEWEST, ArgumentParser, InputError, ProgressLine, check_output_dir, confusion_matrix,
-                                 exit_on_input_error, load_preset, load_presets, locked, new_figure, printable,
-                                 read_preset, save_predictions, write_picture)
-from resnet_train import UNFINISHED, checkpoint_path, checkpoint_steps, evaluate, make_session, reason
+from data_helpers import (CLASSES, PROJECT_DIR, SIDE, UNFINISHED, ArgumentParser, InputError, Progress,
+                          exit_on_input_error, printable, shortened, text_width, write_atomically)
+from presets_and_results import (BEST, NEWEST, RECIPE, best_checkpoint, check_output_dir, checkpoint_steps, command,
+                                 describe, load_predictions, load_preset, load_presets, locked, read_preset,
+                                 save_predictions, test_interval)
+# TensorFlow comes with `resnet`, matplotlib with `for_report.pictures`: imported where they are first needed.
 
 PREVIEW = 280  # pixels, of a person's image on the contact sheet
 SHEET = 300    # images at most on the contact sheet
-WIDE_FONTS = ('NanumGothic', 'Noto Sans CJK KR', 'Noto Sans CJK JP', 'Malgun Gothic', 'Apple SD Gothic Neo',
-              'Arial Unicode MS', 'Microsoft YaHei', 'WenQuanYi Zen Hei')  # where file names need them
+READ_ONLY = 'copy INFOS/ and runs/ to a folder of your own, and test there with --output_dir'
+SHORTEST_NAME = 20  # columns of a terminal, for an image's name
+SAVED_MODEL, TFLITE, ONNX, LABELS, CARD = 'saved_model', 'model.tflite', 'model.onnx', 'labels.txt', 'model.json'
+FORMATS = {'savedmodel': SAVED_MODEL, 'tflite': TFLITE, 'onnx': ONNX}  # of an export: what each is called there
+OPSET = 15  # of ONNX
+NO_ONNX = 'ONNX needs one more package: pip install tf2onnx'
 
 
-def best_checkpoint(preset, output_dir):
-    """The path of a run's best checkpoint, or of its latest where the best is gone. Raises InputError without any."""
-    run_dir = preset.run_dir(output_dir)
-    steps = checkpoint_steps(run_dir)
-    if not steps:
-        raise InputError('run {0.timestamp} has no checkpoint in {1}; {2}'.format(
-            preset, os.path.join(run_dir, 'checkpoints'),
-            ('go on with it: python resnet_train.py --resume {0.timestamp}' if preset.status in UNFINISHED else
-             'bring it back, or train anew: python resnet_train.py --preset {0.preset}').format(preset)))
-    if preset.early_stopping_epoch not in steps:
-        print('run {}: its best checkpoint, step {}, is not there; taking the latest, step {}'.format(
-            preset.timestamp, preset.early_stopping_epoch, steps[-1]))
-        return checkpoint_path(run_dir, steps[-1])
-    return checkpoint_path(run_dir, preset.early_stopping_epoch)
-
+# ------------------------------------------------------------------------------ the network of a run
 
 def restored(preset, checkpoint, use):
     """Returns use(net, session) of the inference form with a checkpoint's variables.
@@ -50,85 +53,86 @@ def restored(preset, checkpoint, use):
     The checkpoint may hold more variables than the network has. Raises InputError where it is
     damaged, or lacks variables of the preset's network.
     """
-    from resnet import ResNet, tf
+    from resnet import ResNet, make_session, reason, tf
     with tf.Graph().as_default():
         net = ResNet(preset, training=False)
         with make_session(preset) as session:
             try:
-                held = tf.train.NewCheckpointReader(checkpoint).get_variable_to_shape_map()
+                shapes = tf.train.NewCheckpointReader(checkpoint).get_variable_to_shape_map()
                 for variable in tf.global_variables():
                     name, shape = variable.op.name, variable.shape.as_list()
-                    if held.get(name) != shape:
-                        raise InputError('{} does not fit a {}: {} is {} there, not {}'.format(
-                            checkpoint, preset.model, name, held.get(name, 'missing'), shape))
+                    if shapes.get(name) != shape:
+                        raise InputError(f'{checkpoint} does not fit a {preset.model}: {name} is '
+                                         f'{shapes.get(name, "missing")} there, not {shape}')
                 tf.train.Saver().restore(session, checkpoint)
             except InputError:
                 raise
             except Exception as error:  # a damaged file can raise anything
-                raise InputError('{} is damaged: {}'.format(checkpoint, reason(error)))
+                raise InputError(f'{checkpoint} is damaged: {reason(error)}')
             return use(net, session)
 
 
-def test(preset, checkpoint, images, labels, output_dir):
-    """Tests a run (a Preset) on uint8 [N, 32, 32, 3] and int64 [N], prints and records the result.
+# ------------------------------------------------------------------------------ test
 
-    Returns the accuracy (0 to 1) and the confusion matrix int64 [classes, classes], a true class a row.
+def test(preset, checkpoint, images, labels, output_dir):
+    """Tests a run (a Preset) on uint8 [N, 32, 32, 3] and int64 [N], and records the result.
+
+    Returns the updated Preset and the confusion matrix int64 [classes, classes], a true class a row.
     Raises InputError where the checkpoint cannot be used, or is no longer the run's best.
     """
-    print('Run {0.timestamp}: preset {0.preset}, {0.model}, {1} on {2:,} test images'.format(
-        preset, os.path.basename(checkpoint), len(labels)), flush=True)
-    _, predictions = restored(preset, checkpoint, lambda net, session: evaluate(net, session, images, labels))
-    confusion = confusion_matrix(labels, predictions, preset.num_classes)
-    accuracy = float((predictions == labels).mean())
-    _print_confusion(confusion)
-    print('test accuracy {:.4f}'.format(accuracy))
-
-    now = read_preset(preset.pickle_path(output_dir))
-    if now.early_stopping_epoch != preset.early_stopping_epoch:
-        raise InputError('run {} has gone on training meanwhile; test it again'.format(preset.timestamp))
-    now.update(dict(test_accuracy=accuracy, finished=True))
+    from resnet import evaluate
+    _, predictions = restored(preset, checkpoint, lambda net, session: evaluate(net, session, images, labels, 'testing'))
+    confusion = np.zeros((preset.num_classes, preset.num_classes), np.int64)
+    np.add.at(confusion, (labels, predictions), 1)
+    tested = read_preset(preset.pickle_path(output_dir))
+    if tested.early_stopping_epoch != preset.early_stopping_epoch:
+        raise InputError(f'run {preset.timestamp} was trained further in the meantime; test it again')
+    tested.update(dict(test_accuracy=float((predictions == labels).mean()), finished=True))
     try:
-        save_predictions(now, output_dir, labels, predictions)
-        now.save(output_dir)
-        now.log(output_dir, 'eval_overall.txt')
+        save_predictions(tested, output_dir, labels, predictions)
+        tested.save(output_dir)
+        tested.log(output_dir, 'eval_overall.txt')
     except OSError as error:
-        raise InputError('the result of run {} cannot be written ({})'.format(now.timestamp, error))
-    return accuracy, confusion
+        raise InputError(f'the result of run {preset.timestamp}, test accuracy {tested.test_accuracy:.4f}, cannot be '
+                         f'written ({error})')
+    return tested, confusion
 
 
-def _print_confusion(confusion):
-    """Rows are true classes, columns predicted ones."""
-    n = len(data_helpers.CLASSES)
-    print('{:24}predicted'.format('') + '\n{:11}{:>7} {:>8} '.format('true', 'images', 'accuracy')
-          + ''.join('{:>6}'.format(name[:5]) for name in data_helpers.CLASSES))
-    for k, name in enumerate(data_helpers.CLASSES):
+def print_confusion(confusion):
+    """Accuracy by class and the confusion matrix: true classes in rows, predicted ones in columns.
+
+    In a terminal that is too narrow for the matrix, the two most frequent mistakes stand in its place.
+    """
+    counts = confusion[:len(CLASSES), :len(CLASSES)]
+    head = ''.join(f'{name[:5]:>6}' for name in CLASSES)
+    mistakes = [''.join(f'{count:>6}' for count in row) for row in counts]
+    if shutil.get_terminal_size(fallback=(1000, 24)).columns < 28 + len(head):
+        head = '  most often taken for'
+        mistakes = [_likeliest_mistakes(k, row) for k, row in enumerate(counts)]
+    print(f'{"true":11}{"images":>7} {"accuracy":>8} {head}')
+    for k, name in enumerate(CLASSES):
         total = confusion[k].sum()
-        print('{:11}{:>7} {:>8.3f} '.format(name, total, confusion[k, k] / max(total, 1))
-              + ''.join('{:>6}'.format(count) for count in confusion[k, :n]))
+        print(f'{name:11}{total:>7} {confusion[k, k] / max(total, 1):>8.3f} {mistakes[k]}')
 
 
-def classify(preset, checkpoint, places, output_dir):
+def _likeliest_mistakes(k, counts):
+    """The two classes that class k is most often taken for, with their counts."""
+    mistakes = [(int(count), CLASSES[j]) for j, count in enumerate(counts) if j != k and count]
+    return '  ' + ', '.join(f'{name} {count}' for count, name in sorted(mistakes, reverse=True)[:2])
+
+
+# ------------------------------------------------------------------------------ own images
+
+def classify(preset, checkpoint, places, output_dir, as_json=False):
     """Prints the three likeliest classes of a person's images under a trained run, and draws a contact sheet of them.
 
-    `places` are files, folders and globs; the sheet is for_report/used_images.png in output_dir.
-    Returns the paths of the images and their probabilities, float32 [images, classes]. What is no
-    image is named on stderr, and InputError raised in the end.
+    `places` are files, folders and globs; the sheet is for_report/used_images.png in output_dir. Returns the paths
+    of the images, their probabilities, float32 [images, classes], and sentences about what could not be read.
+    Raises InputError where there is no image at all.
     """
-    paths, problems = data_helpers.find_images(places)
-    names, previews, pictures, progress = [], [], [], ProgressLine()
-    for path in paths:
-        progress('read {:,} of {:,} images', len(names), len(paths))
-        try:
-            picture = data_helpers.read_image(path)
-            pictures.append(data_helpers.resize(picture))
-            names.append(path)
-            if len(previews) < SHEET:
-                previews.append(Image.fromarray(picture))
-                previews[-1].thumbnail((PREVIEW, PREVIEW), Image.BILINEAR)
-        except InputError as error:
-            problems.append(str(error))
+    names, previews, pictures, problems = _read_images(places)
     for problem in problems:
-        print('skipped: {}'.format(_printable(problem)), file=sys.stderr)
+        print(f'skipped: {shown_path(problem)}', file=sys.stderr)
     if not pictures:
         raise InputError('there is no image to classify in what --images names')
 
@@ -138,131 +142,340 @@ def classify(preset, checkpoint, places, output_dir):
                                for picture in pictures])
 
     probabilities = restored(preset, checkpoint, use)
-    labels = [_printable(name) for name in names]
-    width = max(map(_columns, labels))
-    for label, row in zip(labels, probabilities):
-        likeliest = np.argsort(-row[:len(data_helpers.CLASSES)], kind='stable')[:3]
-        print(label + ' ' * (width - _columns(label)) + ''.join(
-            '  {:>10} {:5.1%}'.format(data_helpers.CLASSES[k], row[k]) for k in likeliest), flush=True)
-    _draw_contact_sheet(preset, labels, previews, pictures, probabilities, output_dir)
-    if problems:
-        raise InputError('{} skipped, see above'.format(
-            'one place or file was' if len(problems) == 1 else '{} places or files were'.format(len(problems))))
-    return names, probabilities
+    labels = [shown_path(name) for name in names]
+    if as_json:
+        for name, row in zip(names, probabilities):
+            values = {label: round(float(p), 6) for label, p in zip(CLASSES, row)}
+            print(json.dumps(dict(image=name, run=preset.timestamp, probabilities=values)))
+    else:
+        print_answers(labels, probabilities)
+    from for_report.pictures import contact_sheet
+    contact_sheet(preset, labels, previews, pictures, probabilities, output_dir, quiet=as_json)
+    return names, probabilities, problems
 
 
-def _printable(path):
+def _read_images(places):
+    """Paths, thumbnails (PIL, of the first SHEET) and uint8 [32, 32, 3] of a person's images, and what is wrong."""
+    paths, problems = data_helpers.find_images(places)
+    names, previews, pictures = [], [], []
+    with Progress(total=len(paths), desc='reading images', unit='image') as progress:
+        for path in paths:
+            try:
+                picture = data_helpers.read_image(path)
+                pictures.append(data_helpers.resize(picture))
+                names.append(path)
+                if len(previews) < SHEET:
+                    previews.append(Image.fromarray(picture))
+                    previews[-1].thumbnail((PREVIEW, PREVIEW), Image.BILINEAR)
+            except InputError as error:
+                problems.append(str(error))
+            progress.update()
+    return names, previews, pictures, problems
+
+
+def print_answers(labels, probabilities):
+    """A line an image: its name, shortened where the terminal is too narrow, and the three likeliest classes."""
+    likeliest = np.argsort(-probabilities[:, :len(CLASSES)], axis=1, kind='stable')[:, :3]
+    answers = [''.join(f'  {CLASSES[k]:>10} {row[k]:6.1%}' for k in best) for best, row in zip(likeliest, probabilities)]
+    terminal = shutil.get_terminal_size(fallback=(1000, 24)).columns
+    room = max(SHORTEST_NAME, terminal - len(answers[0]))
+    names = [shortened(label, room) for label in labels]
+    width = max(map(text_width, names))
+    for name, answer in zip(names, answers):
+        print(name + ' ' * (width - text_width(name)) + answer, flush=True)
+
+
+def shown_path(path):
     """A path for the console and for pictures: composed letters, no control characters, no broken ones."""
     return printable(unicodedata.normalize('NFC', os.fsencode(path).decode('utf-8', 'replace')))
 
 
-def _columns(text):
-    """The width of a text in a terminal, where East Asian letters take two columns."""
-    return sum(2 if unicodedata.east_asian_width(letter) in 'WF' else 1 for letter in text)
+# ------------------------------------------------------------------------------ export
+
+HOW_TO_CALL = {
+    SAVED_MODEL: 'tf.saved_model.load("saved_model").signatures["serving_default"](images=tf.constant(images)), '
+                 'images being uint8 [N, 32, 32, 3]',
+    TFLITE: 'an interpreter\'s set_tensor, invoke and get_tensor, by the names of its inputs and outputs; images '
+            'being float32 [1, 32, 32, 3], also 0 to 255; resize_tensor_input makes it [N, 32, 32, 3]',
+    ONNX: 'onnxruntime.InferenceSession("model.onnx").run(["probabilities", "classes"], {"images": images}), images '
+          'being uint8 [N, 32, 32, 3]; OpenVINO reads it as well, and computes in 32 bits where its property '
+          'INFERENCE_PRECISION_HINT is f32'}
 
 
-def _draw_contact_sheet(preset, labels, previews, pictures, probabilities, output_dir):
-    """for_report/used_images.png: an image a cell, as given, as the network saw it, and its probabilities."""
-    shown = len(previews)
-    across = min(3, -(-shown // 4))
-    down = -(-shown // across)
-    width, height = 5.2, 1.75  # of a cell, inches
-    figure = new_figure(width * across, height * down + 0.5)
-    axes = figure.add_axes([0, 0, 1, 1])
-    axes.text(0.1, height * down + 0.32, preset.title, fontsize=9, va='center', weight='bold')
-    rest = '' if shown == len(pictures) else '; the first {} of {:,} images'.format(shown, len(pictures))
-    axes.text(0.1, height * down + 0.12, 'as given, as the network saw it (32x32), probabilities in %' + rest,
-              fontsize=8, va='center')
-    for k in range(shown):
-        left, bottom = width * (k % across), height * (down - 1 - k // across)
-        text, family = _drawable(_fitting(labels[k], 48))
-        axes.text(left + 0.1, bottom + 1.6, text, fontsize=8, va='center', family=family)
-        columns, rows = previews[k].size
-        scale = 1.4 / max(columns, rows)
-        x, y = left + 0.8, bottom + 0.78
-        half = max(columns * scale / 2, 0.015), max(rows * scale / 2, 0.015)  # a hair at least
-        axes.imshow(np.asarray(previews[k]), extent=(x - half[0], x + half[0], y - half[1], y + half[1]),
-                    interpolation='antialiased' if max(columns, rows) > 32 else 'nearest')
-        axes.imshow(pictures[k], extent=(left + 1.6, left + 3, y - 0.7, y + 0.7), interpolation='nearest')
-        row = probabilities[k][:len(data_helpers.CLASSES)]
-        places = y + 0.63 - 0.14 * np.arange(len(row))
-        axes.barh(places, 1.0 * row, height=0.11, left=left + 3.75,
-                  color=['#222222' if p == row.max() else '#999999' for p in row])
-        axes.plot([left + 3.75] * 2, [y - 0.72, y + 0.72], color='#666666', linewidth=0.6)
-        for place, name, p in zip(places, data_helpers.CLASSES, row):
-            axes.text(left + 3.7, place, name, fontsize=6, ha='right', va='center')
-            axes.text(left + 3.8 + p, place, '{:.1f}'.format(100 * p), fontsize=6, va='center')
-    axes.set_aspect('auto')
-    axes.set_xlim(0, width * across)
-    axes.set_ylim(0, height * down + 0.5)
-    axes.axis('off')
-    write_picture(figure, output_dir, 'used_images.png')
+def possible_formats():
+    """Those of FORMATS whose packages are installed."""
+    return [name for name in FORMATS if name != 'onnx' or importlib.util.find_spec('tf2onnx')]
 
 
-def _fitting(text, columns):
-    """A text cut in its middle to so many columns."""
-    while _columns(text) > columns:
-        middle = len(text) // 2
-        text = text[:middle - 2] + '...' + text[middle + 2:]
-    return text
+def export(preset, checkpoint, folder, output_dir, formats=None, force=False):
+    """Writes a run's network into a new folder, for programs that do not have this collection.
+
+    The folder is there whole or not at all. `formats` are names of FORMATS, those possible if it is not given; labels
+    and model.json lie beside them. Returns the latter's content, a dictionary. `force` replaces an export that is
+    there. Raises InputError where the folder is taken or cannot be written, a package is missing, or a converter
+    fails.
+    """
+    formats = formats or possible_formats()
+    if not set(formats).issubset(possible_formats()):
+        raise InputError(NO_ONNX)
+    folder = os.path.abspath(os.path.expanduser(folder))
+    unfinished = f'{folder}{UNFINISHED}{secrets.token_hex(4)}'
+    try:
+        _check_vacant(folder, force)
+        os.makedirs(unfinished)
+        frozen = restored(preset, checkpoint, _freeze)
+        for name in formats:
+            WRITERS[name](frozen, os.path.join(unfinished, FORMATS[name]))
+        labels = _labels(preset)
+        write_atomically(os.path.join(unfinished, LABELS), '\n'.join(labels + ['']).encode())
+        card = _card(preset, checkpoint, labels, unfinished, output_dir)
+        write_atomically(os.path.join(unfinished, CARD), (json.dumps(card, indent=2) + '\n').encode())
+        _check_vacant(folder, force)  # others may have written there meanwhile
+        if os.path.isdir(folder):
+            os.rename(folder, f'{unfinished}-replaced')
+        os.rename(unfinished, folder)
+        shutil.rmtree(f'{unfinished}-replaced', ignore_errors=True)
+    except OSError as error:
+        raise InputError(f'{folder} cannot be written ({error.strerror or error})')
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return card
 
 
-def _drawable(text):
-    """A text and a font of this machine that has its letters; those that none has become question marks."""
-    from matplotlib import font_manager
-    letters = set(map(ord, text))
-    for family in ('DejaVu Sans',) + WIDE_FONTS:
-        try:
-            held = font_manager.get_font(font_manager.findfont(family, fallback_to_default=False)).get_charmap()
-        except ValueError:  # not installed
-            continue
-        if letters <= held.keys():
-            break
-    else:
-        family = 'DejaVu Sans'
-        held = font_manager.get_font(font_manager.findfont(family)).get_charmap()
-        text = ''.join(letter if ord(letter) in held else '?' for letter in text)
-    return text.replace('$', r'\$'), family  # or matplotlib takes what is between two dollars for a formula
+def _check_vacant(folder, force):
+    """Raises InputError where something is there that may not be replaced; by force an export alone may."""
+    if not os.path.lexists(folder):
+        return
+    if not force:
+        raise InputError(f'{folder} is there already; --force replaces an export')
+    if os.path.islink(folder) or not os.path.isdir(folder) or not os.path.isfile(os.path.join(folder, CARD)) \
+            or not {LABELS, CARD, *FORMATS.values()}.issuperset(os.listdir(folder)):
+        raise InputError(f'{folder} is no export, or holds other files too, and is not replaced; name another folder')
 
+
+def _labels(preset):
+    return [CLASSES[k] if k < len(CLASSES) else f'class {k}' for k in range(preset.num_classes)]
+
+
+def _freeze(net, session):
+    """The inference form as a GraphDef that holds its weights: X to logit/probabilities and logit/predictions."""
+    from resnet import tf
+    outputs = [net.probabilities.op.name, net.predictions.op.name]
+    frozen = tf.graph_util.convert_variables_to_constants(session, session.graph_def, outputs)
+    for node in frozen.node:
+        if node.op == 'IdentityN':  # of a gradient of our own: TensorFlow Lite has no such operation
+            kind = node.attr['T'].list.type[0]
+            del node.input[1:]
+            node.op = 'Identity'
+            node.attr.clear()
+            node.attr['T'].type = kind
+    return frozen
+
+
+def _with_signature(frozen, kind):
+    """Puts the frozen network into the current graph: {name: tensor} of its input, and of its outputs.
+
+    `images` [N, 32, 32, 3], 0 to 255, of the type `kind`; `probabilities` float32 [N, classes], `classes` int64 [N].
+    """
+    from resnet import tf
+    images = tf.placeholder(kind, [None, SIDE, SIDE, 3], name='images')
+    scaled = tf.cast(images, tf.float32) / 127.5 - 1
+    probabilities, classes = tf.import_graph_def(frozen, {'X:0': scaled}, name='network',
+                                                 return_elements=['logit/probabilities:0', 'logit/predictions:0'])
+    return {'images': images}, {'probabilities': tf.identity(probabilities, 'probabilities'),
+                                'classes': tf.identity(classes, 'classes')}
+
+
+def _write_saved_model(frozen, path):
+    from resnet import tf
+    with tf.Graph().as_default(), tf.Session() as session:
+        signature = tf.saved_model.predict_signature_def(*_with_signature(frozen, tf.uint8))
+        builder = tf.saved_model.Builder(path)
+        # Without the defaults: an older TensorFlow does not know all of a newer one's attributes.
+        builder.add_meta_graph_and_variables(session, [tf.saved_model.tag_constants.SERVING],
+                                             {'serving_default': signature}, strip_default_attrs=True)
+        builder.save()
+
+
+def _write_tflite(frozen, path):
+    """By float32 images: the converter of TensorFlow 1.15 takes others for quantized ones."""
+    from resnet import reason, tf
+    with tf.Graph().as_default(), tf.Session() as session:
+        inputs, outputs = _with_signature(frozen, tf.float32)
+        converter = tf.lite.TFLiteConverter.from_session(session, list(inputs.values()), list(outputs.values()))
+        path_of_programs = os.environ.get('PATH', '')
+        os.environ['PATH'] = os.pathsep.join([os.path.dirname(sys.executable), path_of_programs])
+        try:  # TensorFlow 1.15 starts a program that pip has put beside Python
+            content = converter.convert()
+        except Exception as error:
+            raise InputError(f'TensorFlow Lite cannot convert the network ({reason(error)})')
+        finally:
+            os.environ['PATH'] = path_of_programs
+    write_atomically(path, content)
+
+
+def _write_onnx(frozen, path):
+    """By tf2onnx in a process of its own, which prints a lot."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved_model = os.path.join(os.path.abspath(folder), SAVED_MODEL)
+        _write_saved_model(frozen, saved_model)
+        convert = [sys.executable, '-m', 'tf2onnx.convert', '--saved-model', saved_model, '--output', path, '--opset',
+                   str(OPSET)]
+        # From the project's folder, because Python imports from the folder where it is started.
+        done = subprocess.run(convert, cwd=PROJECT_DIR, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              universal_newlines=True)
+        if done.returncode or not os.path.isfile(path):
+            problem = (done.stdout.strip() or 'it says nothing').splitlines()[-1]
+            raise InputError(f'tf2onnx cannot convert the network ({problem})')
+
+
+WRITERS = {'savedmodel': _write_saved_model, 'tflite': _write_tflite, 'onnx': _write_onnx}
+
+
+def _card(preset, checkpoint, labels, folder, output_dir):
+    """What an export is and how to call it, of the formats in `folder`: a dictionary for JSON."""
+    from resnet import tf
+    files = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+    digests = {os.path.relpath(path, folder).replace(os.sep, '/'): _sha256(path) for path in sorted(files)}
+    interval = test_interval(preset, load_predictions([preset], output_dir))
+    return {
+        'run': preset.timestamp,
+        'preset': preset.preset,
+        'model': preset.model,
+        'recipe': {'in words': describe(preset), 'seed': preset.seed, 'steps': preset.steps,
+                   **{name: getattr(preset, name) for name in RECIPE}},
+        'checkpoint': os.path.basename(checkpoint),
+        'test_accuracy': preset.test_accuracy if preset.finished else None,
+        'interval_95': interval and [round(bound, 6) for bound in interval],
+        'images': '[N, 32, 32, 3], red, green, blue, each 0 to 255; scaling and normalization are inside',
+        'outputs': {'probabilities': f'float32 [N, {len(labels)}]', 'classes': 'int64 [N], lines of labels.txt from 0'},
+        'labels': labels,
+        'how_to_call': {name: call for name, call in HOW_TO_CALL.items() if os.path.exists(os.path.join(folder, name))},
+        'exported_by': f'TensorFlow {tf.__version__}',
+        'sha256': digests}
+
+
+def _sha256(path):
+    with open(path, 'rb') as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+# ------------------------------------------------------------------------------ command line
 
 @exit_on_input_error
 def main(arguments=None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('--timestamp', nargs='?', const=NEWEST,
-                        help='the run; alone: the newest (default: every run that is not finished)')
-    parser.add_argument('--images', nargs='+', metavar='PLACE',
-                        help='classify these files, folders and globs instead of testing (with no --timestamp: by '
-                             'the newest run)')
+                        help="the run: its timestamp, a unique beginning of it, its folder, or 'best'; alone: the "
+                             'newest (default: every untested run; with --images or --export: the best)')
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument('--images', nargs='+', metavar='PLACE',
+                      help='classify these files, folders and globs instead of testing')
+    task.add_argument('--export', metavar='FOLDER',
+                      help="write the run's network into this new folder, for other programs, instead of testing")
+    parser.add_argument('--format', choices=sorted(FORMATS),
+                        help='export this alone (default: all, onnx where tf2onnx is installed)')
+    parser.add_argument('--force', action='store_true', help='replace an export that is there')
+    parser.add_argument('--json', action='store_true', help='print one JSON object a line, and nothing else')
     flags = parser.parse_args(arguments)
-    if flags.timestamp is not None or flags.images:
-        presets = [load_preset(flags.output_dir, None if flags.timestamp == NEWEST else flags.timestamp)]
+    if not flags.export and (flags.format or flags.force):
+        parser.error('--format and --force go with --export FOLDER')
+    if flags.images:
+        _classify(flags)
+    elif flags.export:
+        _export(flags)
     else:
-        presets = [preset for preset in load_presets(flags.output_dir) if not preset.finished and not (
-            preset.status == 'diverged' and not checkpoint_steps(preset.run_dir(flags.output_dir)))]
-        if not presets:
-            newest = load_preset(flags.output_dir)  # says what to do where there is no run at all
-            print('Every run is finished. To test the newest again: --timestamp {}'.format(newest.timestamp))
-            return
+        _test(flags)
 
+
+def _classify(flags):
+    preset = load_preset(flags.output_dir, flags.timestamp or BEST)
+    checkpoint = best_checkpoint(preset, flags.output_dir)
+    if not flags.json:
+        print(f'By run {_in_words(preset)}', flush=True)
+    _, _, problems = classify(preset, checkpoint, flags.images, flags.output_dir, flags.json)
+    if problems:
+        raise InputError(f'{len(problems)} of what --images names could not be read, see above')
+
+
+def _in_words(preset):
+    """A run in a line: its timestamp, recipe, model and test accuracy."""
+    tested = f', test accuracy {preset.test_accuracy:.2%}' if preset.finished else ', not tested'
+    return f'{preset.timestamp}: {describe(preset)}, {preset.model}{tested}'
+
+
+def _export(flags):
+    preset = load_preset(flags.output_dir, flags.timestamp or BEST)
+    checkpoint = best_checkpoint(preset, flags.output_dir)
+    if not flags.json:
+        print(f'Run {_in_words(preset)}', flush=True)
+    formats = [flags.format] if flags.format else possible_formats()
+    card = export(preset, checkpoint, flags.export, flags.output_dir, formats, flags.force)
+    if flags.json:
+        print(json.dumps(card))
+        return
+    for name in list(card['sha256']) + [CARD]:
+        path = os.path.join(flags.export, name)
+        print(f'written     {path}, {os.path.getsize(path):,} bytes')
+    if not flags.format and 'onnx' not in formats:
+        print(f'not written {os.path.join(flags.export, ONNX)}: {NO_ONNX}')
+
+
+def _test(flags):
+    with contextlib.redirect_stdout(sys.stderr if flags.json else sys.stdout):  # what is said before the answers
+        testable, problems = _testable(flags)
+        if testable:
+            check_output_dir(flags.output_dir, READ_ONLY)
+            images, labels = data_helpers.load(flags.data_dir, data_helpers.TEST_FILES)
+    for preset, checkpoint in testable:
+        try:
+            with locked(preset, flags.output_dir):
+                _test_one(preset, checkpoint, images, labels, flags)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError('; '.join(problems))
+
+
+def _testable(flags):
+    """[(Preset, its best checkpoint)] of the runs that the flags name, and sentences about those without one."""
     testable, problems = [], []
+    if flags.timestamp is None:
+        presets = _untested(flags.output_dir)
+    else:
+        presets = [load_preset(flags.output_dir, flags.timestamp)]
     for preset in presets:
         try:
             testable.append((preset, best_checkpoint(preset, flags.output_dir)))
         except InputError as error:
             problems.append(str(error))
-    if testable and flags.images:
-        classify(*testable[0], flags.images, flags.output_dir)
-    elif testable:
-        check_output_dir(flags.output_dir)
-        images, labels = data_helpers.load(flags.data_dir, data_helpers.TEST_FILES)
-        for preset, checkpoint in testable:
-            try:
-                with locked(preset, flags.output_dir):
-                    test(preset, checkpoint, images, labels, flags.output_dir)
-            except InputError as error:
-                problems.append(str(error))
-    if problems:
-        raise InputError('; '.join(problems))
+    return testable, problems
+
+
+def _test_one(preset, checkpoint, images, labels, flags):
+    name = os.path.basename(checkpoint)
+    if not flags.json:
+        print(f'Run {preset.timestamp}: {describe(preset)}, {preset.model}, {name} on {len(labels):,} test images',
+              flush=True)
+    tested, confusion = test(preset, checkpoint, images, labels, flags.output_dir)
+    if flags.json:
+        by_class = {name: float(row[k] / max(row.sum(), 1)) for k, (name, row) in enumerate(zip(CLASSES, confusion))}
+        print(json.dumps(dict(run=tested.timestamp, preset=tested.preset, checkpoint=name, images=len(labels),
+                              test_accuracy=tested.test_accuracy, accuracy_by_class=by_class)), flush=True)
+    else:
+        print_confusion(confusion)
+        print(f'test accuracy {tested.test_accuracy:.4f}', flush=True)
+
+
+def _untested(output_dir):
+    """The runs without a test accuracy, save those that diverged before their first checkpoint."""
+    presets = [preset for preset in load_presets(output_dir) if not preset.finished and (
+        preset.status != 'diverged' or checkpoint_steps(preset.run_dir(output_dir)))]
+    if not presets:
+        newest = load_preset(output_dir)  # says what to do where there is no run at all
+        retest = command('resnet_eval.py', '--timestamp', newest.timestamp, output_dir=output_dir)
+        print(f'Every run is tested. To test the newest again: {retest}')
+    return presets
 
 
 if __name__ == '__main__':

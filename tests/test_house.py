@@ -2,6 +2,7 @@
 import ast
 import os
 import subprocess
+import sys
 
 import pytest
 
@@ -42,9 +43,9 @@ def imported(room):
         if isinstance(node, ast.Import):
             found.update(name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, '{} imports relatively'.format(room)
+            assert not node.level, f'{room} imports relatively'
             found.add(node.module)
-            found.update('{}.{}'.format(node.module, name.name) for name in node.names)
+            found.update(f'{node.module}.{name.name}' for name in node.names)
     found = {name for name in found if name in own}
     return found - {'for_report'} if any(name.startswith('for_report.') for name in found) else found
 
@@ -80,13 +81,12 @@ def test_functions_fit_on_a_screen(room):
                 break
             if text.strip():
                 last = number
-        assert last - first + 1 <= LONGEST_FUNCTION, '{} in {} has {} lines'.format(name, room, last - first + 1)
+        assert last - first + 1 <= LONGEST_FUNCTION, f'{name} in {room} has {last - first + 1} lines'
 
 
 def test_the_ground_floor_and_the_table_are_light():
     """What must answer at once imports nothing slow."""
-    code = ('import sys; sys.path.insert(0, {!r}); import presets_and_results; '
-            'print(sorted({{"tensorflow", "matplotlib", "openpyxl", "scipy.stats", "tensorboard"}} & set(sys.modules)))')
-    import sys
-    out = subprocess.check_output([sys.executable, '-c', code.format(PROJECT_DIR)], universal_newlines=True)
-    assert out.strip() == '[]'
+    slow = {'tensorflow', 'matplotlib', 'openpyxl', 'scipy.stats', 'tensorboard'}
+    code = (f'import sys; sys.path.insert(0, {PROJECT_DIR!r}); import presets_and_results; '
+            f'print(sorted({slow!r} & set(sys.modules)))')
+    assert subprocess.check_output([sys.executable, '-c', code], universal_newlines=True).strip() == '[]'

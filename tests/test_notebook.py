@@ -15,8 +15,8 @@ import sample
 from presets_and_results import load_preset
 
 FIELDS = {'repository = ""': 'repository = "~/repository"', 'preset_name = "0"': 'preset_name = "3"',
-          'max_steps = 0': 'max_steps = 2'}
-PARTS = ('*.py', 'for_report/*.py', 'tensorboard_run', 'requirements.txt')
+          'max_steps = 0': 'max_steps = 2', 'export_to = ""': 'export_to = "~/network"'}
+PARTS = ('*.py', 'for_report/*.py', 'for_report/page.html', 'tensorboard_run', 'requirements.txt')
 SERVER, PAGE = 'board = subprocess', 'IFrame(page'  # in the cells that start TensorBoard and show it
 
 
@@ -100,7 +100,10 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     assert re.search(r'night.png +[a-z]+ +[0-9.]+%', printed)
     errors = ''.join(output.text for output in outputs if output.output_type == 'stream' and output.name == 'stderr')
     assert len(errors.splitlines()) == 1 and errors.startswith('skipped: ') and 'torn.png' in errors, errors
-    assert os.path.exists(os.path.join(output_dir, 'for_report', 'evaluation_report.xlsx'))
+    for name in ('evaluation_report.xlsx', 'demo.html'):
+        assert os.path.exists(os.path.join(output_dir, 'for_report', name))
+    assert {'saved_model', 'model.tflite', 'model.json', 'labels.txt'} <= set(os.listdir(str(tmp_path / 'network')))
+    assert f'In {tmp_path / "network"} are model.json' in printed
 
 
 # ------------------------------------------------------------------------------ TensorBoard, here and elsewhere
