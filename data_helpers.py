@@ -143,8 +143,8 @@ def text_width(text):
 
 
 def shortened(text, width):
-    """A text cut in its middle to so many columns."""
-    while text_width(text) > width:
+    """A text cut in its middle to so many columns, or to six, where there are fewer."""
+    while text_width(text) > max(width, 6):
         middle = len(text) // 2
         text = text[:middle - 2] + '...' + text[middle + 2:]
     return text
@@ -494,7 +494,7 @@ class _Unpickler(pickle._Unpickler):
 
 def _check_arguments(arguments):
     """Refuses what could be copied again and again."""
-    if type(arguments) is not tuple or len(arguments) > MOST_ARGUMENTS:
+    if len(arguments) > MOST_ARGUMENTS:
         raise InputError('it calls something with more than a few arguments')
 
 

@@ -492,7 +492,7 @@ def check_output_dir(output_dir, advice='name another with --output_dir'):
 
 
 def _tidy(output_dir):
-    """Removes what killed processes left an hour ago or more: half-written records, run folders with nothing in them."""
+    """Removes what killed processes left an hour ago or more: half-written records, and run folders without a run."""
     pickles, runs = os.path.join(output_dir, 'INFOS', 'pickles'), os.path.join(output_dir, 'runs')
     records = [os.path.join(pickles, name) for name in os.listdir(pickles) if f'.pickle{UNFINISHED}' in name]
     folders = [os.path.join(runs, name) for name in os.listdir(runs) if name.isdigit()]
@@ -753,8 +753,9 @@ def print_chance(presets, predictions):
     comparisons = compare_networks(presets[:COMPARED], predictions)
     for comparison in comparisons:
         if comparison.adjusted_p >= SIGNIFICANCE:
-            print(f'{verdict(comparison).capitalize()} (p = {comparison.adjusted_p:.2f}): {comparison.only_first:,} test '
-                  f'images only {comparison.first} got right, {comparison.only_second:,} only {comparison.second}')
+            print(f'{verdict(comparison).capitalize()} (p = {comparison.adjusted_p:.2f}): only {comparison.first} is '
+                  f'right on {comparison.only_first:,} test images, only {comparison.second} on '
+                  f'{comparison.only_second:,}')
     if comparisons:
         differing = sum(comparison.adjusted_p < SIGNIFICANCE for comparison in comparisons)
         print(f"Among runs 1 to {min(COMPARED, len(presets))}, {differing} of {len(comparisons)} pairs of networks of "

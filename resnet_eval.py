@@ -81,7 +81,7 @@ def test(preset, checkpoint, images, labels, output_dir):
     Raises InputError where the checkpoint cannot be used, or is no longer the run's best.
     """
     from resnet import evaluate
-    _, predictions = restored(preset, checkpoint, lambda net, session: evaluate(net, session, images, labels, 'testing'))
+    _, predictions = restored(preset, checkpoint, lambda net, session: evaluate(net, session, images, labels))
     confusion = np.zeros((preset.num_classes, preset.num_classes), np.int64)
     np.add.at(confusion, (labels, predictions), 1)
     tested = read_preset(preset.pickle_path(output_dir))
@@ -109,6 +109,8 @@ def print_confusion(confusion):
     if shutil.get_terminal_size(fallback=(1000, 24)).columns < 28 + len(head):
         head = '  most often taken for'
         mistakes = [_likeliest_mistakes(k, row) for k, row in enumerate(counts)]
+    else:
+        print(' ' * 28 + 'predicted')
     print(f'{"true":11}{"images":>7} {"accuracy":>8} {head}')
     for k, name in enumerate(CLASSES):
         total = confusion[k].sum()
@@ -158,7 +160,7 @@ def _read_images(places):
     """Paths, thumbnails (PIL, of the first SHEET) and uint8 [32, 32, 3] of a person's images, and what is wrong."""
     paths, problems = data_helpers.find_images(places)
     names, previews, pictures = [], [], []
-    with Progress(total=len(paths), desc='reading images', unit='image') as progress:
+    with Progress(total=len(paths), desc='reading images', unit='images') as progress:
         for path in paths:
             try:
                 picture = data_helpers.read_image(path)
@@ -176,7 +178,8 @@ def _read_images(places):
 def print_answers(labels, probabilities):
     """A line an image: its name, shortened where the terminal is too narrow, and the three likeliest classes."""
     likeliest = np.argsort(-probabilities[:, :len(CLASSES)], axis=1, kind='stable')[:, :3]
-    answers = [''.join(f'  {CLASSES[k]:>10} {row[k]:6.1%}' for k in best) for best, row in zip(likeliest, probabilities)]
+    answers = [''.join(f'  {CLASSES[k]:>10} {row[k]:6.1%}' for k in best)
+               for best, row in zip(likeliest, probabilities)]
     terminal = shutil.get_terminal_size(fallback=(1000, 24)).columns
     room = max(SHORTEST_NAME, terminal - len(answers[0]))
     names = [shortened(label, room) for label in labels]

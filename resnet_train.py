@@ -243,7 +243,8 @@ class Run:
         """One training step on a batch; a point of the curves and the progress bar now and then."""
         rate = learning_rate(self.preset, step - 1, self.steps_per_epoch)
         began = time.monotonic()
-        with _memory_for(f'a training step on batches of {self.preset.batch_size}', 'train with a smaller --batch_size'):
+        what = f'a training step on batches of {self.preset.batch_size}'
+        with _memory_for(what, 'train with a smaller --batch_size'):
             _, loss, accuracy, skipped = self.session.run(
                 [self.net.train_step, self.net.training_loss, self.net.training_accuracy, self.net.skipped],
                 {self.net.training_X: x, self.net.Y: y, self.net.learning_rate: rate})
@@ -405,7 +406,7 @@ class Checkpoints:
         kept = {f'{MODEL}-{best}' for best in self.best_steps[-self.preset.num_checkpoints:]}
         kept.add(os.path.basename(path))
         written = [name for name in os.listdir(folder) if CHECKPOINT_FILE.match(name)]
-        for name in sorted(written, key=lambda name: not name.endswith('.index')):  # without its index it does not count
+        for name in sorted(written, key=lambda name: not name.endswith('.index')):  # no checkpoint without its index
             if name.partition('.')[0] not in kept or 'tempstate' in name:  # the latter of a killed saver
                 os.unlink(os.path.join(folder, name))
 
@@ -628,7 +629,7 @@ def _memory_for(what, advice):
 def _stop_request(preset, data_dir, output_dir):
     """A list that fills on Ctrl-C, SIGTERM or a lost connection, for the loop to end in its own time.
 
-    A second Ctrl-C breaks the training off. A signal that is ignored, as under nohup, stays so.
+    A second Ctrl-C breaks the training off. Under nohup a lost connection does nothing.
     """
     asked = []
 
@@ -642,10 +643,10 @@ def _stop_request(preset, data_dir, output_dir):
                   flush=True)
             sys.exit(128 + number)
 
-    names = [name for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names]
-    previous = {number: signal.signal(number, handler) for number in numbers
-                if signal.getsignal(number) != signal.SIG_IGN}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield asked
     finally:
@@ -705,8 +706,8 @@ def _parser(arguments):
                         help='resume this run where its last save left it; alone: the newest interrupted one. A larger '
                              '--num_epochs or --max_steps extends it')
     parser.add_argument('--seeds', nargs='+', metavar='SEED',
-                        help='a run for each of these seeds; a single number says how many: --seeds 3 is --seeds 0 1 2. '
-                             'Runs of this recipe that are on record are resumed or, if complete, left as they are')
+                        help='a run for each of these seeds; a single number says how many: --seeds 3 is --seeds 0 1 '
+                             '2. Runs of this recipe that are on record are resumed or, if complete, left as they are')
     parser.add_argument('--init_from', metavar='TIMESTAMP', help="start from the weights of this run's best checkpoint")
     parser.add_argument('--trim', nargs='?', const=ALL, metavar='TIMESTAMP',
                         help='drop what only resuming needs from this run, or from all that are tested, and end')
@@ -721,7 +722,7 @@ def _parser(arguments):
 
 
 def _preset_for_help(arguments):
-    """The preset that the arguments name, for the defaults that --help tells; preset 0 where there is no such preset."""
+    """The preset whose defaults --help tells: the one that the arguments name, or else preset 0."""
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument('--preset', nargs='?', default=0)
     try:
@@ -829,8 +830,8 @@ def _train_seeds(presets, flags):
     for k, preset in enumerate(presets):
         run = _on_record(preset, flags['output_dir'])
         if run is not None and run.status != 'interrupted':
-            print(f'Seed {preset.seed}: run {run.timestamp} is on record, {state(run)}; --seed {preset.seed} in place of '
-                  '--seeds trains another')
+            print(f'Seed {preset.seed}: run {run.timestamp} is on record, {state(run)}; --seed {preset.seed} in place '
+                  'of --seeds trains another')
             if run.status == 'diverged':
                 failures.append(f'seed {preset.seed} diverged')
             continue

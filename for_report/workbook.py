@@ -248,7 +248,8 @@ def _series(sheet, column, first, n, title, label, colour, symbol):
     series.graphicalProperties.line.width = 12700  # a point, in its 12,700ths
     series.smooth = False
     series.errBars = ErrorBars(
-        errDir='y', errBarType='both', errValType='cust', minus=NumDataSource(NumRef(f=str(cells('bar_below_accuracy')))),
+        errDir='y', errBarType='both', errValType='cust',
+        minus=NumDataSource(NumRef(f=str(cells('bar_below_accuracy')))),
         plus=NumDataSource(NumRef(f=str(cells('bar_above_accuracy')))),
         spPr=GraphicalProperties(ln=LineProperties(solidFill=colour)))
     series.dLbls = DataLabelList(numFmt='0.0%', showVal=True, showSerName=False, showCatName=False,

@@ -304,6 +304,14 @@ main()
     assert last[1].isspace()  # the bar is wiped out
 
 
+@pytest.mark.parametrize('text, width, short', [
+    ('abcdefghij', 10, 'abcdefghij'), ('abcdefghijkl', 10, 'abc...ijkl'), ('한국어한국어', 9, '한...어'),
+    ('abcdefghijkl', 0, 'a...kl'), ('abcdefghijkl', -5, 'a...kl'), ('한국어한', 1, '...')])
+def test_a_text_is_cut_to_the_columns_of_a_terminal(text, width, short):
+    assert data_helpers.shortened(text, width) == short
+    assert data_helpers.text_width(short) <= max(width, 6)
+
+
 # ------------------------------------------------------------------------------ flags
 
 def test_a_tilde_is_the_home_everywhere(monkeypatch, tmp_path):
