@@ -25,6 +25,7 @@ import pickletools
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -441,6 +442,24 @@ def _lock(file):
 @functools.lru_cache(maxsize=None)  # says it once
 def _warn_of_no_locks(reason):
     warn(f'the file system has no locks ({reason}): take care that no two processes work on the same run')
+
+
+def survives(action, *values):
+    """Whether action(*values) leaves the process alive, tried in a copy of it; True where there is no fork.
+
+    For libraries that abort on damaged files. What the action returns, raises or prints is dropped.
+    """
+    if not hasattr(os, 'fork'):
+        return True
+    child = os.fork()
+    if child:
+        return os.WIFEXITED(os.waitpid(child, 0)[1])
+    try:
+        signal.alarm(PATIENCE)  # ends the copy, should it hang
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        action(*values)
+    finally:
+        os._exit(0)
 
 
 # ------------------------------------------------------------------------------ pickles as data

@@ -483,6 +483,10 @@ def check_output_dir(output_dir, advice='name another with --output_dir'):
         raise InputError(f'TensorFlow cannot restore checkpoints from a folder with {globbed[0]} in its name, as in '
                          f'{path}; name another with --output_dir')
     try:
+        path.encode()
+    except UnicodeEncodeError:  # in the locale C, of a name with letters beyond ASCII
+        raise InputError(f'TensorFlow cannot use the folder {path} in this locale; set PYTHONUTF8=1 in the environment')
+    try:
         for folder in ('runs', 'INFOS', os.path.join('INFOS', 'pickles')):
             os.makedirs(os.path.join(output_dir, folder), exist_ok=True)
             tempfile.TemporaryFile(dir=os.path.join(output_dir, folder)).close()

@@ -29,7 +29,8 @@ from PIL import Image
 
 import data_helpers
 from data_helpers import (CLASSES, PROJECT_DIR, SIDE, UNFINISHED, ArgumentParser, InputError, Progress,
-                          exit_on_input_error, printable, shortened, text_width, write_atomically)
+                          exit_on_input_error, printable, shortened, survives, text_width,
+                          write_atomically)
 from presets_and_results import (BEST, NEWEST, RECIPE, best_checkpoint, check_output_dir, checkpoint_steps, command,
                                  describe, load_predictions, load_preset, load_presets, locked, read_preset,
                                  save_predictions, test_interval)
@@ -57,6 +58,8 @@ def restored(preset, checkpoint, use):
     with tf.Graph().as_default():
         net = ResNet(preset, training=False)
         with make_session(preset) as session:
+            if not survives(tf.train.NewCheckpointReader, checkpoint):
+                raise InputError(f'{checkpoint} is damaged: TensorFlow would end on it')
             try:
                 shapes = tf.train.NewCheckpointReader(checkpoint).get_variable_to_shape_map()
                 for variable in tf.global_variables():

@@ -24,7 +24,8 @@ import time
 import numpy as np
 
 import data_helpers
-from data_helpers import PROJECT_DIR, ArgumentParser, InputError, Progress, console_log, exit_on_input_error, warn
+from data_helpers import (PROJECT_DIR, ArgumentParser, InputError, Progress, console_log, exit_on_input_error, survives,
+                          warn)
 from presets_and_results import (CONSOLE_LOG, FIELDS, HYPERPARAMETERS, MODEL, NAMES, NEWEST, RECIPE, RESUME,
                                  TRAINING_IMAGES, Number, Switch, best_checkpoint, check_output_dir, command,
                                  load_preset, load_presets, locked, make_preset, read_preset, start_run, state)
@@ -370,11 +371,13 @@ class Checkpoints:
 
     def restore(self):
         """Sets the variables as the last save left them, and returns the path of its checkpoint."""
-        from resnet import reason
+        from resnet import reason, tf
         preset = self.preset
         paths = [preset.checkpoint_path(self.output_dir, preset.steps, kind) for kind in (MODEL, RESUME)]
         path = next((path for path in paths if os.path.exists(path + '.index')), paths[0])
         try:
+            if not survives(tf.train.NewCheckpointReader, path):
+                raise InputError('TensorFlow would end on it')
             self.saver.restore(self.session, path)
             return path
         except Exception as error:  # a damaged file can raise anything
@@ -389,6 +392,8 @@ class Checkpoints:
                                                               'moving_variance')]
         path = best_checkpoint(source, self.output_dir)
         try:
+            if not survives(tf.train.NewCheckpointReader, path):
+                raise InputError('TensorFlow would end on them')
             tf.train.Saver(weights).restore(self.session, path)
         except Exception as error:  # a damaged file can raise anything
             raise InputError(f'the weights of run {source.timestamp}, a {source.model}, do not fit a '

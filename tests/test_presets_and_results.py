@@ -285,6 +285,12 @@ def test_a_folder_that_tensorflow_would_glob_is_refused_before_the_first_step(na
     assert os.listdir(str(tmp_path)) == []
 
 
+def test_a_folder_whose_name_the_locale_lacks_is_refused(tmp_path):
+    with pytest.raises(InputError, match='in this locale; set PYTHONUTF8=1'):
+        check_output_dir(str(tmp_path / 'caf\udcc3\udca9'))  # as Python reads bytes in the locale C
+    assert os.listdir(str(tmp_path)) == []
+
+
 def test_leavings_are_tidied_and_nothing_else(tmp_path):
     check_output_dir(str(tmp_path))
     old = time.time() - 2 * 3600

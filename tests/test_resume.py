@@ -89,6 +89,13 @@ def test_a_save_without_a_validation_gives_the_same_figures(cifar10, tmp_path):
     assert all(np.array_equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_a_clock_that_steps_back_changes_nothing(cifar10, tmp_path, monkeypatch):
+    clock = iter(range(1795630000, 0, -600))  # every look at it is ten minutes earlier
+    monkeypatch.setattr(resnet_train.time, 'time', lambda: float(next(clock)))
+    preset = begun(tmp_path, checkpoint_minutes=0, checkpoint_every=9)
+    assert preset.status == 'complete' and 0 < preset.training_time < 10 and preset.images_per_second > 0
+
+
 def test_elapsed_time_is_kept_over_a_resume(cifar10, tmp_path):
     preset = begun(tmp_path)
     preset.update(dict(status='interrupted', training_time=50.0))

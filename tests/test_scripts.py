@@ -505,6 +505,20 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path):
         assert status == 2 and path in err and len(err.splitlines()) == 1, err
 
 
+def test_a_checkpoint_on_which_tensorflow_aborts_ends_neither_the_others_nor_the_script(trained, tmp_path):
+    output_dir = copied(trained, tmp_path)
+    whole = load_preset(output_dir)
+    shutil.copytree(whole.run_dir(output_dir), os.path.join(output_dir, 'runs', '7'))
+    tampered = load_preset(output_dir)
+    tampered.update(dict(timestamp=7))
+    tampered.save(output_dir)
+    prepare = ('import os, resnet; read = resnet.tf.train.NewCheckpointReader; resnet.tf.train.NewCheckpointReader = '
+               'lambda path: os.abort() if "/runs/7/" in path else read(path); ')
+    status, out, err = run_script('resnet_eval.py', '--output_dir', output_dir, prepare=prepare)
+    assert status == 2 and 'TensorFlow would end on it' in err and len(err.splitlines()) == 1, err
+    assert [run.finished for run in load_presets(output_dir)] == [False, True] and 'test accuracy' in out
+
+
 def test_a_checkpoint_of_another_network_is_named(trained, tmp_path):
     output_dir = copied(trained, tmp_path)
     preset = load_preset(output_dir)

@@ -284,7 +284,11 @@ def seeds(folder):
     os.environ['PATH'] = programs + os.pathsep + os.environ['PATH']
     exif = Image.Exif()
     exif[0x0112] = 6
+    cases = os.path.join(TESTS_DIR, 'cases')
+    odd_pictures = {name: (name, content(os.path.join(cases, name)), data_helpers.read_image)
+                    for name in sorted(os.listdir(cases))}
     return {
+        **odd_pictures,
         'pickle': ('1_1.pickle', content(run.pickle_path(output_dir)), read_preset),
         'trap': ('1_2.pickle', pickle.dumps(Trap(trap), protocol=2), read_preset),
         'deep': ('1_3.pickle', record(b'}' + b')' + b'\x85' * 900000 + b'Ns'), read_preset),
