@@ -54,6 +54,7 @@ except ImportError as problem:
 
 PROJECT_DIR = os.path.dirname(os.path.abspath(__file__))
 
+PROGRESS_EVERY = 30  # seconds between lines about progress, where they go to no terminal
 UNFINISHED = '.unfinished-'  # in the names of files and folders that a killed process may leave
 MOST_OPCODES = 100000  # of a pickle; a batch of CIFAR-10 has 10,000 labels and names of files
 MOST_ARGUMENTS = 10  # of a call in a pickle
@@ -262,7 +263,7 @@ class Progress(tqdm):
     def __init__(self, total, desc, unit, **options):
         # Both, because rows that come late, through a pipe, would cross the bar.
         terminal = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))
-        interval = 0.5 if terminal else 30
+        interval = 0.5 if terminal else PROGRESS_EVERY
         super().__init__(total=total, desc=desc, unit=unit, disable=self.quiet, leave=False, position=0,
                          mininterval=interval, delay=interval, miniters=1, dynamic_ncols=terminal,
                          file=sys.stderr if terminal else _Lines(),

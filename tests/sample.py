@@ -26,13 +26,15 @@ def run_script(script, *flags, tensorflow=True, popen=False, prepare='', call=''
     """Runs a script as a user would, but with the sample's digests in place of the whole data set's.
 
     With tensorflow=False any import of TensorFlow fails: the script has to answer without it. `prepare` is code
-    that runs before the script, `call` code in place of it. timeout is in seconds.
+    that runs before the script, `call` code in place of it. timeout is in seconds. However slow the machine, no
+    progress is written through a pipe.
     """
     block = '' if tensorflow else 'sys.modules["tensorflow"] = None; '
     path = os.path.join(PROJECT_DIR, script)
     argv = [script] + [str(flag) for flag in flags]
     code = (f'import sys, runpy; sys.path[:0] = [{TESTS_DIR!r}, {PROJECT_DIR!r}]; import sample, data_helpers; '
-            f'data_helpers.SHA256 = sample.digests(); {block}{prepare}sys.argv = {argv!r}; ')
+            f'data_helpers.SHA256 = sample.digests(); data_helpers.PROGRESS_EVERY = 10 ** 6; {block}{prepare}'
+            f'sys.argv = {argv!r}; ')
     code += call or f'runpy.run_path({path!r}, run_name="__main__")'
     process = subprocess.Popen([sys.executable, '-c', code], stdout=stdout, stderr=stderr, universal_newlines=True,
                                env=dict(os.environ, CIFAR10_DIR=SAMPLE_DIR, **environment))

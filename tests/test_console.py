@@ -74,6 +74,7 @@ def test_nothing_wraps(width, tested, tmp_path):
 
 
 def test_a_long_name_does_not_push_the_answers_aside(tested, tmp_path):
+    tested = shutil.copytree(tested, str(tmp_path / 'out'))
     short, long = tmp_path / 'a.png', tmp_path / ('b' * 90 + '.png')
     for path in (short, long):
         Image.new('RGB', (9, 9)).save(str(path))
@@ -334,6 +335,7 @@ def test_commands_to_type_next(tmp_path, monkeypatch):
 
 
 def test_json_of_the_table_of_a_test_and_of_images(tested, tmp_path):
+    tested = shutil.copytree(tested, str(tmp_path / 'out'))
     Image.new('RGB', (9, 9)).save(str(tmp_path / 'a.png'))
     preset = load_preset(tested)
     status, out, err = run_script('presets_and_results.py', '--json', '--output_dir', tested, tensorflow=False)

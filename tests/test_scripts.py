@@ -247,7 +247,7 @@ def test_a_resumed_run_keeps_its_own_values(tmp_path):
         status, _, err = run_script('resnet_train.py', '--resume', *flags, '--output_dir', tmp_path,
                                     tensorflow='cannot be' in message)
         assert status == 2 and message in err and len(err.splitlines()) == 1, err
-    assert 'model-7 is missing or damaged' in err
+    assert 'model-7 is missing, trimmed or damaged' in err
     for status, message in (('complete', 'it is at its end; a larger --num_epochs or --max_steps extends it'),
                             ('diverged', 'train it anew with a lower --lr')):
         preset.update(dict(status=status, steps=7 if status == 'complete' else 0))
