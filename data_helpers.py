@@ -26,6 +26,7 @@ import re
 import secrets
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -551,6 +552,29 @@ def read_pickle(content, admitted, encoding='ASCII'):
         raise
     except Exception as error:  # a hostile or damaged pickle can raise anything
         raise InputError(f'it is damaged or no pickle ({type(error).__name__}: {str(error)[:80]})')
+
+
+# ------------------------------------------------------------------------------ event files as data
+
+def event_records(content):
+    """The records in the bytes of an event file: each between its length, with a checksum, and its own checksum.
+
+    One that the file's end cuts off, as a kill leaves it, is passed over. Raises ValueError where a checksum is wrong.
+    """
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+    start = 0
+    while start + 12 <= len(content):
+        length, checksum = struct.unpack_from('<QI', content, start)
+        if masked_crc32c(content[start:start + 8]) != checksum:
+            raise ValueError(f'it is damaged at byte {start:,}')
+        begin, end = start + 12, start + 12 + length
+        if end + 4 > len(content):
+            return
+        record = content[begin:end]
+        if masked_crc32c(record) != struct.unpack_from('<I', content, end)[0]:
+            raise ValueError(f'it is damaged at byte {begin:,}')
+        yield record
+        start = end + 4
 
 
 # ------------------------------------------------------------------------------ find

@@ -11,7 +11,6 @@ resumed: on a CPU, with the same TensorFlow, to the same weights to the last bit
 import argparse
 import collections
 import contextlib
-import itertools
 import math
 import os
 import platform
@@ -24,8 +23,8 @@ import time
 import numpy as np
 
 import data_helpers
-from data_helpers import (PROJECT_DIR, ArgumentParser, InputError, Progress, console_log, exit_on_input_error, survives,
-                          warn)
+from data_helpers import (PROJECT_DIR, ArgumentParser, InputError, Progress, console_log, event_records,
+                          exit_on_input_error, survives, warn)
 from presets_and_results import (CONSOLE_LOG, FIELDS, HYPERPARAMETERS, MODEL, NAMES, NEWEST, RECIPE, RESUME,
                                  TRAINING_IMAGES, Number, Switch, best_checkpoint, check_output_dir, command,
                                  load_preset, load_presets, locked, make_preset, read_preset, start_run, state)
@@ -516,34 +515,11 @@ def _read_events(path, last_step):
     """[(bytes, Event)] of an event file up to last_step. Raises InputError where it is damaged."""
     from resnet import reason, tf
     try:
-        events = [(content, tf.Event.FromString(content)) for content in _records(path)]
+        with open(path, 'rb') as file:
+            events = [(content, tf.Event.FromString(content)) for content in event_records(file.read())]
     except Exception as error:  # a damaged file can raise anything
         raise InputError(f'{path} is damaged ({reason(error)}); remove it to go on without the curves that it holds')
     return [(content, event) for content, event in events if event.step <= last_step and not event.file_version]
-
-
-def _records(path):
-    """The whole records of an event file, bytes, verified; a last one that was being written is left out.
-
-    TensorFlow's reader would allocate whatever a length claims, so the lengths are looked at before:
-    8 bytes, their checksum of 4, so many bytes of the record, and its checksum of 4.
-    """
-    from resnet import tf
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-    whole = 0
-    with open(path, 'rb') as file:
-        left = os.fstat(file.fileno()).st_size
-        while left >= 12:
-            header = file.read(12)
-            length = int.from_bytes(header[:8], 'little')
-            left -= 12 + length + 4
-            if left < 0 and masked_crc32c(header[:8]) != int.from_bytes(header[8:], 'little'):
-                raise ValueError('a length is wrong')
-            if left < 0:
-                break
-            file.seek(length + 4, os.SEEK_CUR)
-            whole += 1
-    return itertools.islice(tf.python_io.tf_record_iterator(path), whole)
 
 
 # ------------------------------------------------------------------------------ trimming

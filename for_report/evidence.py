@@ -3,11 +3,10 @@ import collections
 import glob
 import os
 import statistics
-import struct
 
 import numpy as np
 
-from data_helpers import InputError, warn, write_atomically
+from data_helpers import InputError, event_records, warn, write_atomically
 from presets_and_results import RECIPE, is_shortened, make_preset, test_interval
 
 LARGEST_EVENTS = 1 << 22     # bytes of a file of validation curves; 700 validations take about 90,000
@@ -140,33 +139,12 @@ def _read_accuracies(path):
     if len(content) > LARGEST_EVENTS:
         raise ValueError('it is larger than any file of validation curves')
     points = {}
-    for record in _records(content):
+    for record in event_records(content):
         if len(record) <= LARGEST_EVENT:
             event = Event.FromString(record)
             points.update({event.step: value.simple_value for value in event.summary.value
                            if value.tag == 'accuracy' and event.step > 0 and 0 <= value.simple_value <= 1})
     return points
-
-
-def _records(content):
-    """The records in the bytes of an event file: each between its length, with a checksum, and its own checksum.
-
-    One that the file's end cuts off, as a kill leaves it, is passed over. Raises ValueError where a checksum is wrong.
-    """
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-    start = 0
-    while start + 12 <= len(content):
-        length, checksum = struct.unpack_from('<QI', content, start)
-        if masked_crc32c(content[start:start + 8]) != checksum:
-            raise ValueError(f'it is damaged at byte {start:,}')
-        begin, end = start + 12, start + 12 + length
-        if end + 4 > len(content):
-            return
-        record = content[begin:end]
-        if masked_crc32c(record) != struct.unpack_from('<I', content, end)[0]:
-            raise ValueError(f'it is damaged at byte {begin:,}')
-        yield record
-        start = end + 4
 
 
 # ------------------------------------------------------------------------------ the network
