@@ -312,6 +312,20 @@ def _exit(problem):
     sys.exit(2)
 
 
+def leave(problem=None):
+    """Ends the process from any thread, at once, as by SIGKILL: what other threads do is not waited for.
+
+    The status is 2 where there is a problem, a sentence, and 0 otherwise.
+    """
+    try:
+        if problem:
+            _exit(problem)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if problem else 0)
+
+
 def _keep_descriptors():
     """Opens what the shell closed of the descriptors 0, 1 and 2, or the next file would get prints written into it."""
     for descriptor in range(3):

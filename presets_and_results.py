@@ -154,13 +154,14 @@ FIELDS = {
     'git_commit': free_text(None, 'of the code that trained; "with changes" where files differed from it'),
     'init_from': Number(None, int, 0, 10**12, 'timestamp of the run whose weights it started from'),
     'rate_history': free_text(None, 'learning rates before the run diverged and was resumed with lower ones'),
+    'towers': Number(1, int, 1, 1000, 'devices that share each batch, each normalizing by its own part of it'),
 }
 COLUMNS = tuple(FIELDS)
 HYPERPARAMETERS = tuple(  # have a flag of their name
     'lr lr_decay l2_reg_lambda relu_leakiness num_residual_units num_classes batch_size num_epochs evaluate_every '
     'checkpoint_every num_checkpoints data_augmentation allow_soft_placement log_device_placement seed max_steps '
     'schedule lr_milestones warmup_epochs momentum nesterov muon_lr label_smoothing mixup random_erasing '
-    'low_resolution_epochs mixed_precision xla checkpoint_minutes'.split())
+    'low_resolution_epochs mixed_precision xla checkpoint_minutes towers'.split())
 HOW_COMPUTED = ('seed', 'checkpoint_every', 'num_checkpoints', 'checkpoint_minutes', 'allow_soft_placement',
                 'log_device_placement', 'mixed_precision', 'xla')
 RECIPE = tuple(name for name in HYPERPARAMETERS if name not in HOW_COMPUTED)  # what a result depends on, chance apart

@@ -15,6 +15,7 @@ shortcuts are average-pooled; the L2 loss covers the kernels alone.
 """
 import concurrent.futures
 import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -78,6 +79,7 @@ def _check_installed():
 def _set_environment():
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')   # only what ends the process
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # off by default where there is only AVX2: twice the time
+    os.environ.setdefault('GRPC_VERBOSITY', 'NONE')      # a cluster's connections come and go
 
 
 @contextlib.contextmanager
@@ -185,9 +187,24 @@ def half_precision():
     return tf.bfloat16 if fast else None
 
 
+def count_gpus():
+    """The GPUs that TensorFlow sees on this machine."""
+    return len(tf.config.experimental.list_physical_devices('GPU'))
+
+
 def device_name(session):
-    """What computes: '2 x Tesla T4', or 'CPU: ' with the processor's name and the cores that this process may use."""
-    gpus = sum(device.device_type == 'GPU' for device in session.list_devices())
+    """What computes: '2 x Tesla T4', or 'CPU: ' with the processor's name and the cores that this process may use.
+
+    Of a cluster it names what the chief computes on, and says how many tasks there are.
+    """
+    devices = session.list_devices()
+    tasks = sorted({device.name.partition('/device:')[0] for device in devices})
+    name = _machine_name(sum(device.device_type == 'GPU' and device.name.startswith(f'{tasks[0]}/')
+                             for device in devices))
+    return name if len(tasks) == 1 else f'{len(tasks)} tasks, the chief on {name}'
+
+
+def _machine_name(gpus):
     if gpus:
         return f'{gpus} x {_gpu_name()}'
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -238,7 +255,8 @@ class ResNet:
     and what changes the variables:
 
     training_X       X or, where the preset trains at low resolution first, float32 [N, S, S, 3], placeholder
-    training_loss, training_accuracy  float32 []; the loss by smoothed labels, of the variables before the step
+    training_loss, training_accuracy  float32 []; the loss by smoothed labels, of the variables before the step;
+                     a preset's towers compute them by parts of the batch, each normalized by its own statistics
     learning_rate    float32 [], placeholder
     global_step      int64 [], variable: training steps done, the skipped ones too
     train_step       one step of SGD with (Nesterov) momentum, or of Muon; it also moves the statistics
@@ -248,7 +266,9 @@ class ResNet:
     refresh_statistics(session, batches)
     """
 
-    def __init__(self, preset, training=True):
+    def __init__(self, preset, training=True, devices=None):
+        """`devices` names one for each of the preset's towers, the first being that of the variables; by default this
+        machine's."""
         self.preset = preset
         self.X = tf.placeholder(tf.float32, [None, 32, 32, 3], name='X')
         self.Y = tf.placeholder(tf.float32, [None, preset.num_classes], name='Y')
@@ -259,9 +279,9 @@ class ResNet:
             self.probabilities = tf.nn.softmax(self.logits, name='probabilities')
         self.loss, self.accuracy = self._loss_and_accuracy(self.logits)
         if training:
-            self._build_training()
+            self._build_training(devices or tower_devices(preset.towers))
 
-    def _build_training(self):
+    def _build_training(self, devices):
         self.global_step = tf.train.get_or_create_global_step()
         with tf.name_scope('training'):
             self.training_X = self.X
@@ -270,9 +290,13 @@ class ResNet:
             self.learning_rate = tf.placeholder(tf.float32, [], name='learning_rate')
             self._statistics_momentum = tf.placeholder_with_default(BN_MOMENTUM, [], name='statistics_momentum')
             self._training_type = half_precision() if self.preset.mixed_precision else tf.float32
-            logits = self._network(self.training_X, training=True)
-            self.training_loss, self.training_accuracy = self._loss_and_accuracy(logits, self.preset.label_smoothing)
-            self._move_statistics = self._statistics_moves()
+            if self.preset.towers == 1:
+                logits = self._network(self.training_X, training=True)
+                self.training_loss, self.training_accuracy = self._loss_and_accuracy(logits, self.preset.label_smoothing)
+                self._refreshing_X, self._refresh = self.training_X, self._statistics_moves()
+                self._move_statistics = self._refresh
+            else:
+                self._build_towers(devices)
             optimizer = self._optimizer()
             if self._training_type == tf.float16:
                 self.train_step, self.skipped = self._step_within_float16(optimizer)
@@ -288,7 +312,7 @@ class ResNet:
         cost 4.6 points of test accuracy. Do this before the network is evaluated or saved for it.
         """
         for k, images in enumerate(batches):
-            session.run(self._move_statistics, {self.training_X: images, self._statistics_momentum: k / (k + 1)})
+            session.run(self._refresh, {self._refreshing_X: images, self._statistics_momentum: k / (k + 1)})
 
     def count_parameters(self):
         """Trainable numbers: kernels, gammas, betas and the last layer's biases."""
@@ -384,20 +408,64 @@ class ResNet:
         """A kernel's seed depends on the run's seed and its name, not on what else is in the graph."""
         return zlib.crc32(f'{self.preset.seed} {scope.name}'.encode()) & 0x7fffffff
 
+    # -------------------------------------------------------------------------- towers
+
+    def _build_towers(self, devices):
+        """The training form on each of the devices, for as many parts of the batch, and what they give together.
+
+        What travels in a step is, to each tower, its images and the variables, and back its gradients and statistics.
+        """
+        images = tf.shape(self.training_X)[0]
+        self._losses, hits, statistics = [], [], []  # an entry a tower
+        for k, device in enumerate(devices):
+            with tf.device('/cpu:0'):  # cut before it is sent
+                part = slice(images * k // len(devices), images * (k + 1) // len(devices))
+                x, labels, total = self.training_X[part], self.Y[part], tf.cast(images, tf.float32)
+            self._batch_statistics = []
+            with tf.name_scope(f'tower_{k}'), tf.device(device):
+                logits = self._network(x, training=True)
+                loss = tf.reduce_sum(self._cross_entropy(logits, labels, self.preset.label_smoothing)) / total
+                if k == 0:  # once, and where the variables are
+                    loss += self.preset.l2_reg_lambda * self._l2()
+                    self._refreshing_X, self._refresh = x, self._statistics_moves()
+                self._losses.append((device, loss))
+                hits.append(tf.reduce_sum(_hits(logits, labels)) / total)
+            statistics.append(self._batch_statistics)
+        self.training_loss, self.training_accuracy = tf.add_n([loss for _, loss in self._losses]), tf.add_n(hits)
+        self._batch_statistics = [(same[0][0], tf.add_n([batch for _, batch in same]) / len(devices))
+                                  for same in zip(*statistics)]
+        self._move_statistics = self._statistics_moves()
+
+    def _gradients(self, compute):
+        """Pairs of a gradient of the training loss and its variable, by compute(loss), which returns such pairs."""
+        if self.preset.towers == 1:
+            return compute(self.training_loss)
+        by_tower = []
+        for device, loss in self._losses:
+            with tf.device(device):
+                by_tower.append(compute(loss))
+        return [(tf.add_n([gradient for gradient, _ in same]), same[0][1]) for same in zip(*by_tower)]
+
     # -------------------------------------------------------------------------- loss and step
 
     def _loss_and_accuracy(self, logits, smoothing=0.0):
         with tf.name_scope('loss'):
-            labels = self.Y * (1 - smoothing) + smoothing / self.preset.num_classes
-            cross_entropy = tf.nn.softmax_cross_entropy_with_logits_v2(labels=labels, logits=logits)
-            kernels = [variable for variable in tf.trainable_variables() if variable.op.name.endswith('/DW')]
-            if self.preset.muon_lr:  # it decays those of the convolutions itself
-                kernels = [tf.stop_gradient(kernel) if len(kernel.shape) == 4 else kernel for kernel in kernels]
-            l2 = tf.add_n([tf.nn.l2_loss(kernel) for kernel in kernels])
+            cross_entropy, l2 = self._cross_entropy(logits, self.Y, smoothing), self._l2()
             loss = tf.add(tf.reduce_mean(cross_entropy), self.preset.l2_reg_lambda * l2, name='loss')
         with tf.name_scope('accuracy'):
-            hits = tf.equal(tf.argmax(logits, 1), tf.argmax(self.Y, 1))
-            return loss, tf.reduce_mean(tf.cast(hits, tf.float32), name='accuracy')
+            return loss, tf.reduce_mean(_hits(logits, self.Y), name='accuracy')
+
+    def _cross_entropy(self, logits, labels, smoothing):
+        """float32 [N], an entry an image."""
+        labels = labels * (1 - smoothing) + smoothing / self.preset.num_classes
+        return tf.nn.softmax_cross_entropy_with_logits_v2(labels=labels, logits=logits)
+
+    def _l2(self):
+        """float32 [], the L2 loss of every kernel."""
+        kernels = [variable for variable in tf.trainable_variables() if variable.op.name.endswith('/DW')]
+        if self.preset.muon_lr:  # it decays those of the convolutions itself
+            kernels = [tf.stop_gradient(kernel) if len(kernel.shape) == 4 else kernel for kernel in kernels]
+        return tf.add_n([tf.nn.l2_loss(kernel) for kernel in kernels])
 
     def _statistics_moves(self):
         """An op that moves the moving statistics towards those of the training batch."""
@@ -413,7 +481,7 @@ class ResNet:
 
     def _step(self, optimizer):
         """The op of a training step."""
-        gradients = optimizer.compute_gradients(self.training_loss)
+        gradients = self._gradients(optimizer.compute_gradients)
         # The loss reads kernels for their L2 loss: the step comes after, or it would change what is read.
         with tf.control_dependencies([self._move_statistics, self.training_loss]):
             return optimizer.apply_gradients(gradients, self.global_step)
@@ -421,7 +489,7 @@ class ResNet:
     def _step_within_float16(self, optimizer):
         """The op of a training step that is skipped where its gradients are beyond float16, and whether it is."""
         scale = LossScale()
-        gradients = scale.compute_gradients(optimizer, self.training_loss)
+        gradients = self._gradients(functools.partial(scale.compute_gradients, optimizer))
         skipped = scale.overflow([self.training_loss] + [gradient for gradient, _ in gradients])
 
         def move():
@@ -430,6 +498,11 @@ class ResNet:
 
         with tf.control_dependencies([tf.cond(skipped, tf.no_op, move), scale.update(skipped)]):
             return tf.assign_add(self.global_step, 1).op, skipped
+
+
+def _hits(logits, labels):
+    """float32 [N]: 1 where the likeliest class is that of the label."""
+    return tf.cast(tf.equal(tf.argmax(logits, 1), tf.argmax(labels, 1)), tf.float32)
 
 
 def _all_finite(tensors):
@@ -572,16 +645,52 @@ def _with_gradient_by_output(x, slope):
 
 EVALUATION_BATCH = 250  # images; more are hardly faster, and cost memory
 EVALUATED_AT_ONCE = 2   # batches: one is computed while the other is between two operations, or is prepared
+ANSWER_PATIENCE = 10    # seconds, for another process of a cluster to answer
 
 
-def make_session(preset):
-    """The one place where a session is made, on the current default graph."""
+def tower_devices(towers):
+    """Names of devices on this machine, one a tower: GPUs or, without one, those of make_session, all of its cores."""
+    kind = 'gpu' if KERNELS == 'GPU' else 'cpu'
+    return [f'/{kind}:{k}' for k in range(towers)]
+
+
+def make_session(preset, target=''):
+    """The one place where a session is made, on the current default graph; `target` is that of a cluster's server."""
     config = tf.ConfigProto(allow_soft_placement=preset.allow_soft_placement,
-                            log_device_placement=preset.log_device_placement)
+                            log_device_placement=preset.log_device_placement,
+                            device_count={'CPU': preset.towers})
     config.gpu_options.allow_growth = True  # leaves the rest of the GPU's memory to others
     if preset.xla and KERNELS == 'GPU':
         config.graph_options.optimizer_options.global_jit_level = tf.OptimizerOptions.ON_1
-    return tf.Session(config=config)
+    return tf.Session(target, config=config)
+
+
+def start_server(jobs, job, index):
+    """The tf.train.Server of task `index` of `job` in a cluster, {job: [address]}. Raises InputError without its port.
+
+    TensorFlow listens on that port of every interface, whatever the address names.
+    """
+    config = tf.ConfigProto()
+    config.gpu_options.allow_growth = True
+    try:
+        return tf.train.Server(tf.train.ClusterSpec(jobs), job_name=job, task_index=index, config=config)
+    except tf.errors.OpError as error:
+        raise InputError(f'TensorFlow cannot listen on the port of {jobs[job][index]}, which another program may have: '
+                         f'name another in TF_CONFIG, to every process ({reason(error)})')
+
+
+def reach(address, device):
+    """A session on another process of a cluster, of which it uses nothing, or None where that does not answer.
+
+    Its list_devices raises tf.errors.OpError once the process has ended, hangs, is cut off or was started again.
+    """
+    config = tf.ConfigProto(operation_timeout_in_ms=1000 * ANSWER_PATIENCE, device_filters=[device])
+    session = tf.Session(f'grpc://{address}', tf.Graph(), config)
+    try:
+        session.list_devices()
+        return session
+    except tf.errors.OpError:
+        return None
 
 
 def evaluate(net, session, images, labels, desc='testing'):

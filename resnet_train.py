@@ -11,6 +11,7 @@ resumed: on a CPU, with the same TensorFlow, to the same weights to the last bit
 import argparse
 import collections
 import contextlib
+import json
 import math
 import os
 import platform
@@ -18,6 +19,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -40,6 +42,14 @@ HOW_MANY_SEEDS = Number(None, int, 1, 1000, 'seeds')
 CODE = ('*.py', 'tensorboard_run', 'requirements.txt')  # what git is asked about
 HPARAMS_METRICS = (('dev', 'best_accuracy'), ('dev', 'accuracy'), ('dev', 'loss'), ('train', 'loss'),
                    ('train', 'images_per_second'))
+START_PATIENCE = 600      # seconds, for the other processes of a cluster to start
+LOOK_EVERY = 5            # seconds between looks at whether they are there
+TF_CONFIG_EXAMPLE = ('{"cluster": {"chief": ["host:2222"], "worker": ["host:2222"]}, '
+                     '"task": {"type": "worker", "index": 0}}')
+WAYS_OUT = {              # of jobs that a cluster cannot have
+    'ps': 'the chief has the variables: leave the parameter servers out',
+    'evaluator': 'the chief validates, and resnet_eval.py tests: leave the evaluator out',
+    'master': 'call it chief'}
 ALL = 'all'               # in place of a timestamp
 CHECKPOINT_FILE = re.compile(rf'({MODEL}|{RESUME})-\d+\.(index|data-\d+-of-\d+)(\.tempstate\d*)?\Z')
 
@@ -82,6 +92,8 @@ def describe_recipe(preset):
             words.append(name.replace('_', ' '))
         elif value:
             words.append(f'{name.replace("_", " ")} {value:g}')
+    if preset.towers > 1:
+        words.append(f'{preset.towers} towers')
     return ', '.join(words + [f'seed {preset.seed}'])
 
 
@@ -122,29 +134,177 @@ def counted(n, noun):
     return f'{number} {noun}' if n == 1 else f'{number} {noun}s'
 
 
+# ------------------------------------------------------------------------------ several machines
+
+class Task(collections.namedtuple('Task', 'job index address')):
+    """A process of a cluster: job 'chief' or 'worker', index in the job, address 'host:port'."""
+
+    @property
+    def device(self):
+        return f'/job:{self.job}/task:{self.index}'
+
+    def __str__(self):
+        return f'{self.job} {self.index} ({self.address})'
+
+
+class Cluster:
+    """The processes that train one network together, a tower each; or this process alone, without tasks.
+
+    tasks    the chief, which trains and has all variables, then those that serve
+    own      that of this process
+    target   where a session is made: the server of this process, '' where it is alone
+    """
+
+    def __init__(self, tasks=(), own=None):
+        self.tasks, self.own, self.target = tasks, own, ''
+        self.chief, self.others = (tasks[0], tasks[1:]) if tasks else (None, ())
+
+    @property
+    def serves(self):
+        """Whether another process is the chief."""
+        return self.own != self.chief
+
+    @property
+    def devices(self):
+        """A device a tower, the variables' first, or None: those of this machine."""
+        return [task.device for task in self.tasks] or None
+
+    def start(self):
+        """Starts the server of this process, once."""
+        if self.tasks and not self.target:
+            from resnet import start_server
+            jobs = collections.defaultdict(list)
+            for task in self.tasks:
+                jobs[task.job].append(task.address)
+            self.server = start_server(dict(jobs), self.own.job, self.own.index)  # it lives as long as its object
+            self.target = self.server.target
+            print(f'This is {self.own}. TensorFlow listens on its port of every interface, without authentication: '
+                  'a firewall or a closed network must keep others out.', flush=True)
+
+    def serve(self):
+        """Lends this process to the chief until that ends. Raises InputError where it does not come."""
+        self.start()
+        chief = self._reach(self.chief)
+        print(f'At work for {self.chief}.', flush=True)
+        while _answers(chief):
+            time.sleep(LOOK_EVERY)
+        print('The chief has ended.', flush=True)
+        data_helpers.leave()  # what it was computing for the chief would wait for that
+
+    @contextlib.contextmanager
+    def watched(self, saved):
+        """Within the block, a process of the cluster that is lost ends this one with status 2.
+
+        The error says which, and what saved() returns. No exception could do it: the step that waits for the lost
+        process may never return. Raises InputError where one does not come.
+        """
+        sessions = {task: self._reach(task) for task in self.others}
+        left = threading.Event()
+
+        def look():
+            for task, session in sessions.items():
+                if not _answers(session):
+                    data_helpers.leave(f'{task} does not answer any more, or was started again. {saved()}')
+
+        def watch():
+            while sessions and not left.wait(LOOK_EVERY):
+                look()
+
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            yield
+        except Exception:
+            look()  # which may be why
+            raise
+        finally:
+            left.set()
+            watching.join()
+
+    def _reach(self, task):
+        """A session on the server of `task`, when it is up."""
+        from resnet import reach
+        print(f'Waiting for {task} ...', flush=True)
+        end = time.monotonic() + START_PATIENCE
+        while time.monotonic() < end:
+            session = reach(task.address, task.device)
+            if session:
+                return session
+            time.sleep(1)
+        raise InputError(f'{task} did not answer within {START_PATIENCE // 60} minutes; start it with the same command '
+                         'line and cluster, and see that its port can be reached from here')
+
+
+def _answers(session):
+    """Whether the process that resnet.reach has reached is still there."""
+    from resnet import tf
+    try:
+        session.list_devices()
+        return True
+    except tf.errors.OpError:
+        return False
+
+
+def read_cluster(text):
+    """The Cluster that TF_CONFIG describes: {"cluster": {"chief": ["host:port"], "worker": ["host:port", ...]},
+    "task": {"type": "worker", "index": 0}}. Without a chief worker 0 is it.
+
+    Without text, or with a single task, it has no tasks. Raises InputError on any other text.
+    """
+    try:
+        config = json.loads(text or '{}')
+        if config == {}:
+            return Cluster()
+        job, index = str(config['task']['type']), int(config['task']['index'])
+        jobs = {str(name): list(addresses) for name, addresses in dict(config['cluster']).items()}
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise InputError(f'TF_CONFIG must read like {TF_CONFIG_EXAMPLE}; it does not ({type(error).__name__}: {error})')
+    for name in sorted(set(jobs) | {job}):
+        if name not in ('chief', 'worker'):
+            raise InputError(f'TF_CONFIG names the job {name}; '
+                             f'{WAYS_OUT.get(name, "there are only a chief and workers")}')
+    tasks = [Task(name, k, address) for name in sorted(jobs) for k, address in enumerate(jobs[name])]
+    for task in tasks:
+        if not re.match(r'[^\s/]+:[1-9][0-9]{0,4}\Z', str(task.address)):
+            raise InputError(f'TF_CONFIG names the address {task.address!r}; it must be host:port')
+    if len({task.address for task in tasks}) < len(tasks) or len(jobs.get('chief', [])) > 1:
+        raise InputError('TF_CONFIG must name one chief at most, and no address twice')
+    own = [task for task in tasks if task[:2] == (job, index)]
+    if not own:
+        raise InputError(f'TF_CONFIG says that this is {job} {index}, which is not in its cluster')
+    return Cluster(tasks, own[0]) if len(tasks) > 1 else Cluster()
+
+
 # ------------------------------------------------------------------------------ the loop
 
-def train(preset, data_dir, output_dir, resume=False):
+def train(preset, data_dir, output_dir, resume=False, cluster=Cluster()):
     """Trains `preset` (a Preset), or resumes its run, and returns it with its results, which are then on disk.
 
     CIFAR-10 is in data_dir or is fetched to it; INFOS/ and runs/ go to output_dir. Raises InputError on data or
     folders that cannot be used, and where the loss is no longer finite.
     """
     check_output_dir(output_dir)
+    if cluster.tasks and preset.towers != len(cluster.tasks):
+        raise InputError(f'this training has towers {preset.towers}, and TF_CONFIG names {len(cluster.tasks)} tasks, a '
+                         'tower each: they must be as many')
+    cluster.start()
     images, labels = data_helpers.load(data_dir, data_helpers.TRAIN_FILES)
     training, validation = [(images[part], labels[part]) for part in data_helpers.split(len(labels), preset.seed)]
     del images
+    _check_parts(preset, len(training[1]))
     print('Loading TensorFlow ...', flush=True)
     import resnet
-    _check_hardware(preset, resnet)
+    _check_hardware(preset, resnet, cluster)
     if not resume:
         start_run(preset, output_dir)
     log = os.path.join(preset.run_dir(output_dir), CONSOLE_LOG)
-    with locked(preset, output_dir), console_log(log), resnet.tf.Graph().as_default():
+    watched = cluster.watched(lambda: _saved(preset, data_dir, output_dir))
+    home = cluster.chief and cluster.chief.device
+    with locked(preset, output_dir), console_log(log), watched, resnet.tf.Graph().as_default(), resnet.tf.device(home):
         if resume:
             _check_unchanged(preset, output_dir)
-        net = resnet.ResNet(preset)
-        with resnet.make_session(preset) as session, _stop_request(preset, data_dir, output_dir) as stop:
+        net = resnet.ResNet(preset, devices=cluster.devices)
+        with resnet.make_session(preset, cluster.target) as session, _stop_request(preset, data_dir, output_dir) as stop:
             run = Run(preset, net, session, data_dir, output_dir, len(training[0]), resume)
             run.announce(len(training[0]), len(validation[0]))
             session.graph.finalize()  # from here on nothing may add to it, which would slow every step
@@ -571,8 +731,19 @@ def _trim_run(preset, output_dir, with_graph):
 
 # ------------------------------------------------------------------------------ helpers of the loop
 
-def _check_hardware(preset, resnet):
-    """Raises InputError where the hardware would not gain by what the preset asks for."""
+def _check_parts(preset, n_training):
+    """Raises InputError where a batch of an epoch of n_training images has fewer images than there are towers."""
+    smallest = n_training % preset.batch_size or preset.batch_size
+    if smallest < preset.towers:
+        raise InputError(f'{counted(preset.towers, "tower")} cannot share the last batch of an epoch, which has '
+                         f'{counted(smallest, "image")}; choose another --batch_size')
+
+
+def _check_hardware(preset, resnet, cluster):
+    """Raises InputError where the hardware lacks the devices, or would not gain by what the preset asks for."""
+    gpus = resnet.count_gpus()
+    if not cluster.tasks and preset.towers > gpus > 0:
+        raise InputError(f'{preset.towers} towers need as many GPUs, and TensorFlow sees {gpus}: lower --towers')
     if preset.mixed_precision and not resnet.half_precision():
         raise InputError('mixed_precision needs a GPU of compute capability 7 or more, or a processor with AVX512_BF16 '
                          "or AMX under today's TensorFlow; here it would only cost accuracy: leave it out")
@@ -604,6 +775,14 @@ def _memory_for(what, advice):
         yield
     except tf.errors.ResourceExhaustedError as error:
         raise InputError(f'the memory is too small for {what}: {advice} ({reason(error)})')
+
+
+def _saved(preset, data_dir, output_dir):
+    """What there is of a run that ends here, and how to go on."""
+    if not os.path.exists(preset.pickle_path(output_dir)):
+        return 'Nothing was saved; start all processes again'
+    resume = command('resnet_train.py', '--resume', preset.timestamp, output_dir=output_dir, data_dir=data_dir)
+    return f'What was saved of step {preset.steps or 0:,} is whole; start all processes again with: {resume}'
 
 
 @contextlib.contextmanager
@@ -665,6 +844,11 @@ def main(arguments=None):
             raise InputError('--trim trains nothing: leave out the other flags')
         trim(flags['output_dir'], None if flags['trim'] == ALL else flags['trim'])
         return
+    cluster = flags['cluster'] = read_cluster(os.environ.get('TF_CONFIG'))
+    if cluster.serves and not flags['show']:
+        cluster.serve()
+    if cluster.tasks and flags['resume'] is None:
+        overrides.setdefault('towers', len(cluster.tasks))
     if flags['resume'] is not None:
         presets = [_to_resume(flags, overrides)]
     else:
@@ -800,7 +984,7 @@ def _lower(preset, rates):
 
 def _train_one(preset, flags):
     """Trains a Preset, or resumes it where it has steps. Ends the script with status 130 where Ctrl-C stopped it."""
-    train(preset, flags['data_dir'], flags['output_dir'], resume=preset.timestamp is not None)
+    train(preset, flags['data_dir'], flags['output_dir'], preset.timestamp is not None, flags['cluster'])
     if preset.status == 'interrupted':
         sys.exit(130)
 
