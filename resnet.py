@@ -672,11 +672,13 @@ def start_server(jobs, job, index):
     """
     config = tf.ConfigProto()
     config.gpu_options.allow_growth = True
-    try:
-        return tf.train.Server(tf.train.ClusterSpec(jobs), job_name=job, task_index=index, config=config)
-    except tf.errors.OpError as error:
-        raise InputError(f'TensorFlow cannot listen on the port of {jobs[job][index]}, which another program may have: '
-                         f'name another in TF_CONFIG, to every process ({reason(error)})')
+    with _silenced():  # gRPC's words about a port that is taken
+        try:
+            return tf.train.Server(tf.train.ClusterSpec(jobs), job_name=job, task_index=index, config=config)
+        except tf.errors.OpError as error:
+            problem = reason(error)
+    raise InputError(f'TensorFlow cannot listen on the port of {jobs[job][index]}, which another program may have: name '
+                     f'another in TF_CONFIG, to every process ({problem})')
 
 
 def reach(address, device):

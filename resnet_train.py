@@ -184,6 +184,7 @@ class Cluster:
     def serve(self):
         """Lends this process to the chief until that ends. Raises InputError where it does not come."""
         self.start()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it has nothing to save
         chief = self._reach(self.chief)
         print(f'At work for {self.chief}.', flush=True)
         while _answers(chief):
@@ -265,7 +266,8 @@ def read_cluster(text):
                              f'{WAYS_OUT.get(name, "there are only a chief and workers")}')
     tasks = [Task(name, k, address) for name in sorted(jobs) for k, address in enumerate(jobs[name])]
     for task in tasks:
-        if not re.match(r'[^\s/]+:[1-9][0-9]{0,4}\Z', str(task.address)):
+        host, _, port = str(task.address).rpartition(':')
+        if not re.match(r'[^\s/]+ [1-9][0-9]{0,4}\Z', f'{host} {port}') or int(port) > 65535:
             raise InputError(f'TF_CONFIG names the address {task.address!r}; it must be host:port')
     if len({task.address for task in tasks}) < len(tasks) or len(jobs.get('chief', [])) > 1:
         raise InputError('TF_CONFIG must name one chief at most, and no address twice')
