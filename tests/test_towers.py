@@ -127,17 +127,17 @@ def test_towers_that_get_the_same_images_step_as_one_does(options, half, monkeyp
     monkeypatch.setattr(resnet, 'half_precision', lambda: half)
     x, y = batch(8, 24 if 'low_resolution_epochs' in options else 32)
     ends = []
-    for towers in (1, 3):
+    for towers in (1, 2):  # halves round nothing
         with initialized(towers=towers, **options) as (net, session):
-            before = values(session)
-            feed = {net.training_X: np.tile(x, (towers, 1, 1, 1)), net.Y: np.tile(y, (towers, 1)), net.learning_rate: 0.01}
-            for _ in range(2):
-                assert not session.run([net.skipped, net.train_step], feed)[0]
+            before, feed = values(session), {net.learning_rate: 0.01}
+            feed.update({net.training_X: np.tile(x, (towers, 1, 1, 1)), net.Y: np.tile(y, (towers, 1))})
+            assert not session.run([net.skipped, net.train_step], feed)[0]
             ends.append(values(session))
+    tolerance = 0.03 if half == tf.float16 else 1e-3  # of small gradients float16 keeps few bits
     assert ends[0].keys() == ends[1].keys()
     for name in ends[0]:
         moved = np.abs(ends[0][name] - before[name]).max()
-        assert np.abs(ends[0][name] - ends[1][name]).max() <= (0.05 if half else 1e-3) * moved + 1e-6, name
+        assert np.abs(ends[0][name] - ends[1][name]).max() <= tolerance * moved + 1e-6, name
 
 
 def test_what_overflows_in_one_tower_skips_the_step_of_all(monkeypatch):
