@@ -319,6 +319,8 @@ def leave(problem=None):
     """
     try:
         if problem:
+            if sys.stderr.isatty():
+                print(file=sys.stderr)  # below the progress bar
             _exit(problem)
     finally:
         sys.stdout.flush()

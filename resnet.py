@@ -267,8 +267,7 @@ class ResNet:
     """
 
     def __init__(self, preset, training=True, devices=None):
-        """`devices` names one for each of the preset's towers, the first being that of the variables; by default this
-        machine's."""
+        """`devices` are names of devices, one a tower, the first where the variables are; by default this machine's."""
         self.preset = preset
         self.X = tf.placeholder(tf.float32, [None, 32, 32, 3], name='X')
         self.Y = tf.placeholder(tf.float32, [None, preset.num_classes], name='Y')
@@ -292,7 +291,8 @@ class ResNet:
             self._training_type = half_precision() if self.preset.mixed_precision else tf.float32
             if self.preset.towers == 1:
                 logits = self._network(self.training_X, training=True)
-                self.training_loss, self.training_accuracy = self._loss_and_accuracy(logits, self.preset.label_smoothing)
+                self.training_loss, self.training_accuracy = self._loss_and_accuracy(
+                    logits, self.preset.label_smoothing)
                 self._refreshing_X, self._refresh = self.training_X, self._statistics_moves()
                 self._move_statistics = self._refresh
             else:
@@ -677,8 +677,8 @@ def start_server(jobs, job, index):
             return tf.train.Server(tf.train.ClusterSpec(jobs), job_name=job, task_index=index, config=config)
         except tf.errors.OpError as error:
             problem = reason(error)
-    raise InputError(f'TensorFlow cannot listen on the port of {jobs[job][index]}, which another program may have: name '
-                     f'another in TF_CONFIG, to every process ({problem})')
+    raise InputError(f'TensorFlow cannot listen on the port of {jobs[job][index]}, which another program may have: '
+                     f'name another in TF_CONFIG, to every process ({problem})')
 
 
 def reach(address, device):

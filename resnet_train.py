@@ -200,12 +200,13 @@ class Cluster:
         process may never return. Raises InputError where one does not come.
         """
         sessions = {task: self._reach(task) for task in self.others}
-        left = threading.Event()
+        left, looking = threading.Event(), threading.Lock()
 
         def look():
-            for task, session in sessions.items():
-                if not _answers(session):
-                    data_helpers.leave(f'{task} does not answer any more, or was started again. {saved()}')
+            with looking:  # one thread reports
+                for task, session in sessions.items():
+                    if not _answers(session):
+                        data_helpers.leave(f'{task} does not answer any more, or was started again. {saved()}')
 
         def watch():
             while sessions and not left.wait(LOOK_EVERY):
@@ -227,11 +228,15 @@ class Cluster:
         from resnet import reach
         print(f'Waiting for {task} ...', flush=True)
         end = time.monotonic() + START_PATIENCE
-        while time.monotonic() < end:
-            session = reach(task.address, task.device)
-            if session:
-                return session
-            time.sleep(1)
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C would have to wait, too
+        try:
+            while time.monotonic() < end:
+                session = reach(task.address, task.device)
+                if session:
+                    return session
+                time.sleep(1)
+        finally:
+            signal.signal(signal.SIGINT, before)
         raise InputError(f'{task} did not answer within {START_PATIENCE // 60} minutes; start it with the same command '
                          'line and cluster, and see that its port can be reached from here')
 
@@ -306,7 +311,8 @@ def train(preset, data_dir, output_dir, resume=False, cluster=Cluster()):
         if resume:
             _check_unchanged(preset, output_dir)
         net = resnet.ResNet(preset, devices=cluster.devices)
-        with resnet.make_session(preset, cluster.target) as session, _stop_request(preset, data_dir, output_dir) as stop:
+        made = resnet.make_session(preset, cluster.target)
+        with made as session, _stop_request(preset, data_dir, output_dir) as stop:
             run = Run(preset, net, session, data_dir, output_dir, len(training[0]), resume)
             run.announce(len(training[0]), len(validation[0]))
             session.graph.finalize()  # from here on nothing may add to it, which would slow every step

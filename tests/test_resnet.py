@@ -653,14 +653,14 @@ def test_half_precision_where_it_is_fast(kernels, capabilities, flags, dtype, mo
 class Devices:
     """A session that has GPUs."""
 
-    def __init__(self, gpus):
-        self.gpus = gpus
+    def __init__(self, gpus, tasks=('/job:localhost/replica:0/task:0',)):
+        self.gpus, self.tasks = gpus, tasks
 
     def list_devices(self):
         class Device:
-            def __init__(self, kind):
-                self.device_type = kind
-        return [Device('CPU')] + [Device('GPU')] * self.gpus
+            def __init__(self, task, kind):
+                self.name, self.device_type = f'{task}/device:{kind}:0', kind
+        return [Device(task, kind) for task in self.tasks for kind in ['CPU'] + ['GPU'] * self.gpus]
 
 
 def test_device_name(monkeypatch):
@@ -671,6 +671,9 @@ def test_device_name(monkeypatch):
     assert device_name(Devices(0)) == 'CPU: Intel(R) Xeon(R), 2 cores'
     monkeypatch.setattr(subprocess, 'check_output', lambda *words, **options: 'Tesla T4\nTesla T4\n')
     assert device_name(Devices(2)) == '2 x Tesla T4'
+    cluster = [f'/job:{task}' for task in ('worker/replica:0/task:0', 'worker/replica:0/task:1',
+                                           'chief/replica:0/task:0')]
+    assert device_name(Devices(1, cluster)) == '3 tasks, the chief on 1 x Tesla T4'
 
     def missing(*words, **options):
         raise OSError
