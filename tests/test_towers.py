@@ -266,10 +266,10 @@ def cluster(output_dir, *flags):
                               TF_CONFIG=described(jobs, job)) for job in ('chief', 'worker')]
 
 
-def validated(process):
-    """Waits until it has validated."""
+def await_line(process, beginning):
+    """Waits until it prints a line with this beginning."""
     for line in iter(process.stdout.readline, ''):
-        if line.startswith('validation'):
+        if line.startswith(beginning):
             return
     raise AssertionError(process.communicate())
 
@@ -317,7 +317,7 @@ def test_whoever_is_killed_the_resumed_run_ends_as_the_undisturbed(on_one_machin
     output_dir, draw = str(tmp_path), random.Random(0)
     for death, flags in ((signal.SIGKILL, STEPS), (signal.SIGINT, ('--resume',))):
         chief, worker = cluster(output_dir, *flags)
-        validated(chief)
+        await_line(chief, 'validation')
         time.sleep(draw.uniform(0, 0.3))
         worker.send_signal(death)
         assert ended(worker) == (-death, '')
@@ -329,9 +329,8 @@ def test_whoever_is_killed_the_resumed_run_ends_as_the_undisturbed(on_one_machin
         assert f'resnet_train.py --resume {run.timestamp} --output_dir ' in err
 
     chief, worker = cluster(output_dir, '--resume')
-    for line in iter(chief.stdout.readline, ''):
-        if line.startswith('  writes'):
-            break
+    await_line(worker, 'At work')  # before that it would wait for another chief
+    await_line(chief, '  writes')
     chief.kill()
     assert ended(worker) == (0, '')
     chief.communicate()
@@ -344,7 +343,7 @@ def test_whoever_is_killed_the_resumed_run_ends_as_the_undisturbed(on_one_machin
 
 def test_ctrl_c_at_the_chief_ends_all_cleanly(tmp_path):
     chief, worker = cluster(str(tmp_path), *(STEPS[:4] + ('--num_epochs', 9999) + STEPS[8:]))
-    validated(chief)
+    await_line(chief, 'validation')
     chief.send_signal(signal.SIGINT)
     assert ended(chief) == (130, '') and ended(worker) == (0, '')
     assert load_preset(str(tmp_path)).status == 'interrupted'
