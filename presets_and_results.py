@@ -403,8 +403,8 @@ def _plain(name, value):
 
 # ------------------------------------------------------------------------------ all runs on record
 
-def load_presets(output_dir):
-    """All runs on record, oldest first. A refused file is named on stderr and the others load.
+def load_presets(output_dir, refused=warn):
+    """All runs on record, oldest first. A refused file is named on stderr, by `refused`, and the others load.
 
     A record is the file whose name is the record's own. A training whose process has ended counts as interrupted.
     """
@@ -419,7 +419,7 @@ def load_presets(output_dir):
             if name != os.path.basename(preset.pickle_path(output_dir)):
                 raise InputError(f'{path} is left out: the record of run {preset.timestamp} has another name')
         except InputError as error:
-            warn(error)
+            refused(error)
             continue
         if preset.status == 'training' and not _in_use(preset, output_dir):
             preset.status = 'interrupted'

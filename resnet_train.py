@@ -3,6 +3,7 @@
     python resnet_train.py --preset 4
     python resnet_train.py --preset 4 --lr 0.05 --seed 1 --max_steps 2000
     python resnet_train.py --preset fast --seeds 3       seeds 0, 1 and 2; again: what is missing of them
+    python resnet_train.py --preset fast standard --seeds 3 --ray    the same of two presets, side by side
     python resnet_train.py --resume                      the newest interrupted run
 
 Ctrl-C once ends a training cleanly: validated, saved and recorded. Twice breaks it off. Any stopped run can be
@@ -12,22 +13,25 @@ import argparse
 import collections
 import contextlib
 import json
+import logging
 import math
 import os
 import platform
 import re
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 import numpy as np
 
 import data_helpers
-from data_helpers import (PROJECT_DIR, ArgumentParser, InputError, Progress, console_log, event_records,
-                          exit_on_input_error, survives, warn)
-from presets_and_results import (CONSOLE_LOG, FIELDS, HYPERPARAMETERS, MODEL, NAMES, NEWEST, RECIPE, RESUME,
+from data_helpers import (PROJECT_DIR, UNFINISHED, ArgumentParser, InputError, Progress, console_log,
+                          event_records, exit_on_input_error, file_lock, survives, warn, write_atomically)
+from presets_and_results import (CONSOLE_LOG, FIELDS, HYPERPARAMETERS, LOCK, MODEL, NAMES, NEWEST, RECIPE, RESUME,
                                  TRAINING_IMAGES, Number, Switch, best_checkpoint, check_output_dir, command,
                                  load_preset, load_presets, locked, make_preset, read_preset, start_run, state)
 # TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
@@ -39,11 +43,17 @@ REFRESH_BATCH = 500       # images
 OPTIONS = ('nesterov', 'muon_lr', 'label_smoothing', 'data_augmentation', 'random_erasing', 'mixup',
            'low_resolution_epochs', 'mixed_precision', 'xla')  # of a recipe: named where they are on
 HOW_MANY_SEEDS = Number(None, int, 1, 1000, 'seeds')
+WHICH_TASK = Number(None, int, 0, 10**6, 'run, from 0')
+TASK_VARIABLES = ('SLURM_ARRAY_TASK_ID', 'JOB_COMPLETION_INDEX')  # of Slurm's array jobs, of Kubernetes' Indexed Jobs
+BY_VARIABLE = 'by variable'  # --task without a number
+THIS_MACHINE = 'local'       # --ray without an address, in Ray's word
+RETRIES = 10                 # of a run whose node is lost
+LOCK_OUTLIVES = 120          # seconds that the lock of a lost node may; NFS frees it after 90
+LOOK_EVERY = 5               # seconds between looks at what other processes do
 CODE = ('*.py', 'tensorboard_run', 'requirements.txt')  # what git is asked about
 HPARAMS_METRICS = (('dev', 'best_accuracy'), ('dev', 'accuracy'), ('dev', 'loss'), ('train', 'loss'),
                    ('train', 'images_per_second'))
 START_PATIENCE = 600      # seconds, for the other processes of a cluster to start
-LOOK_EVERY = 5            # seconds between looks at whether they are there
 TF_CONFIG_EXAMPLE = ('{"cluster": {"chief": ["host:2222"], "worker": ["host:2222"]}, '
                      '"task": {"type": "worker", "index": 0}}')
 WAYS_OUT = {              # of jobs that a cluster cannot have
@@ -811,12 +821,19 @@ def _stop_request(preset, data_dir, output_dir):
                   flush=True)
             sys.exit(128 + number)
 
+    with _on_signals(handler):
+        yield asked
+
+
+@contextlib.contextmanager
+def _on_signals(handler):
+    """Within the block Ctrl-C, SIGTERM and a lost connection call handler(number, frame)."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
         numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield asked
+        yield
     finally:
         for number, action in previous.items():
             signal.signal(number, action)
@@ -848,10 +865,12 @@ def main(arguments=None):
     flags = vars(_parser(arguments).parse_args(arguments))
     overrides = {name: flags[name] for name in HYPERPARAMETERS if flags[name] is not None}
     if flags['trim'] is not None:
-        if overrides or flags['resume'] or flags['seeds'] or flags['preset']:
+        if overrides or any(flags[name] for name in ('resume', 'seeds', 'preset', 'task', 'ray')):
             raise InputError('--trim trains nothing: leave out the other flags')
         trim(flags['output_dir'], None if flags['trim'] == ALL else flags['trim'])
         return
+    if sum(flags[name] is not None for name in ('resume', 'task', 'ray')) > 1:
+        raise InputError('--resume, --task and --ray exclude each other')
     cluster = flags['cluster'] = read_cluster(os.environ.get('TF_CONFIG'))
     if cluster.serves and not flags['show']:
         cluster.serve()
@@ -864,16 +883,21 @@ def main(arguments=None):
     if flags['show']:
         for preset in presets:
             show(preset)
-    elif flags['seeds'] is None:
+    elif flags['ray'] is not None:
+        _train_by_ray(presets, overrides, flags)
+    elif flags['task'] is not None:
+        _train_task(presets[0], flags)
+    elif flags['seeds'] is None and len(presets) == 1:
         _train_one(presets[0], flags)
     else:
-        _train_seeds(presets, flags)
+        _train_all(presets, flags)
 
 
 def _parser(arguments):
     defaults = _preset_for_help(arguments)
     parser = ArgumentParser(description=__doc__, epilog='presets, by number or name:\n' + _list_of_presets())
-    parser.add_argument('--preset', metavar='N', help='what to train, see below (default: 0)')
+    parser.add_argument('--preset', nargs='+', metavar='N',
+                        help='what to train, see below (default: 0); of several presets, each')
     parser.add_argument('--show', action='store_true', help='print the recipe, length and parameter count, and end')
     parser.add_argument('--resume', nargs='?', const=NEWEST, metavar='TIMESTAMP',
                         help='resume this run where its last save left it; alone: the newest interrupted one. A larger '
@@ -881,6 +905,12 @@ def _parser(arguments):
     parser.add_argument('--seeds', nargs='+', metavar='SEED',
                         help='a run for each of these seeds; a single number says how many: --seeds 3 is --seeds 0 1 '
                              '2. Runs of this recipe that are on record are resumed or, if complete, left as they are')
+    parser.add_argument('--ray', nargs='?', const=THIS_MACHINE, metavar='ADDRESS',
+                        help='several runs at once, by the Ray cluster at this address; alone: on this machine. Each '
+                             'has a GPU or, where there is none, its share of the cores')
+    parser.add_argument('--task', nargs='?', const=BY_VARIABLE, metavar='K',
+                        help='of the runs that --preset and --seeds name, only run K, from 0; again: resumes it. '
+                             f'Alone: the one that ${" or $".join(TASK_VARIABLES)} tells')
     parser.add_argument('--init_from', metavar='TIMESTAMP', help="start from the weights of this run's best checkpoint")
     parser.add_argument('--trim', nargs='?', const=ALL, metavar='TIMESTAMP',
                         help='drop what only resuming needs from this run, or from all that are tested, and end')
@@ -897,9 +927,9 @@ def _parser(arguments):
 def _preset_for_help(arguments):
     """The preset whose defaults --help tells: the one that the arguments name, or else preset 0."""
     chooser = argparse.ArgumentParser(add_help=False)
-    chooser.add_argument('--preset', nargs='?', default=0)
+    chooser.add_argument('--preset', nargs='*', default=[])
     try:
-        return make_preset(chooser.parse_known_args(arguments)[0].preset)
+        return make_preset((chooser.parse_known_args(arguments)[0].preset or [0])[0])
     except InputError:
         return make_preset(0)
 
@@ -913,19 +943,38 @@ def _list_of_presets():
 
 
 def _requested(flags, overrides):
-    """The Presets that --preset and --seeds ask for."""
-    number = 0 if flags['preset'] is None else flags['preset']
+    """The Presets that --preset, --seeds and --task ask for: for each preset, all seeds."""
+    numbers = flags['preset'] or [0]
     if flags['init_from'] is not None:
         overrides['init_from'] = load_preset(flags['output_dir'], flags['init_from']).timestamp
     if flags['seeds'] is None:
-        return [make_preset(number, **overrides)]
-    if flags['seed'] is not None:
+        presets = [make_preset(number, **overrides) for number in numbers]
+    elif flags['seed'] is not None:
         raise InputError('--seed and --seeds exclude each other')
-    seeds = flags['seeds']
-    if len(seeds) == 1:
-        seeds = range(HOW_MANY_SEEDS.check('--seeds', seeds[0]))
-    presets = [make_preset(number, **dict(overrides, seed=seed)) for seed in seeds]
-    return list({preset.seed: preset for preset in presets}.values())
+    else:
+        presets = [make_preset(number, **dict(overrides, seed=seed))
+                   for number in numbers for seed in _seeds(flags['seeds'])]
+    presets = list({(preset.preset, preset.seed): preset for preset in presets}.values())
+    return presets if flags['task'] is None else [_task(presets, flags['task'])]
+
+
+def _seeds(words):
+    """The seeds that --seeds names: as they are, or by how many they are."""
+    return words if len(words) > 1 else range(HOW_MANY_SEEDS.check('--seeds', words[0]))
+
+
+def _task(presets, word):
+    """The one of `presets` that --task names, by its number from 0, or that a scheduler's variable does."""
+    if word == BY_VARIABLE:
+        words = [os.environ[name] for name in TASK_VARIABLES if name in os.environ]
+        if not words:
+            raise InputError(f'--task needs a number, as in --task 0, where neither {" nor ".join(TASK_VARIABLES)} is '
+                             'set')
+        word = words[0]
+    number = WHICH_TASK.check('--task', word)
+    if number >= len(presets):
+        raise InputError(f'there is no run {number}: the command names {counted(len(presets), "run")}, counted from 0')
+    return presets[number]
 
 
 def _to_resume(flags, overrides):
@@ -934,8 +983,8 @@ def _to_resume(flags, overrides):
         raise InputError('--seeds and --init_from start runs, --resume resumes one: leave one of them out')
     preset = _stopped_run(flags['output_dir'], flags['resume'])
     changes = {name: FIELDS[name].check(name, value) for name, value in overrides.items()}
-    if flags['preset'] is not None:
-        changes['preset'] = make_preset(flags['preset']).preset
+    for number in flags['preset'] or []:
+        changes['preset'] = make_preset(number).preset
     changes = {name: value for name, value in changes.items() if value != getattr(preset, name)}
     rates = {name for name in changes if name in ('lr', 'muon_lr') and preset.status == 'diverged'}
     for name in changes:
@@ -997,37 +1046,6 @@ def _train_one(preset, flags):
         sys.exit(130)
 
 
-def _train_seeds(presets, flags):
-    """Trains or resumes what is missing of `presets`, which differ in their seed. Names in the end what failed."""
-    failures = []
-    for k, preset in enumerate(presets):
-        run = _on_record(preset, flags['output_dir'])
-        if run is not None and run.status != 'interrupted':
-            print(f'Seed {preset.seed}: run {run.timestamp} is on record, {state(run)}; --seed {preset.seed} in place '
-                  'of --seeds trains another')
-            if run.status == 'diverged':
-                failures.append(f'seed {preset.seed} diverged')
-            continue
-        try:
-            _train_one(run or preset, flags)
-        except InputError as error:
-            warn(error)
-            failures.append(f'seed {preset.seed}: {error}')
-        except SystemExit:
-            rest = ', '.join(str(preset.seed) for preset in presets[k + 1:])
-            print(f'The same command resumes it and then trains seed {rest}.' if rest else 'So does the same command.')
-            raise
-    if failures:
-        raise InputError('; '.join(failures))
-
-
-def _on_record(preset, output_dir):
-    """The newest run with all the hyperparameters of `preset`, seed included, or None."""
-    matching = [run for run in load_presets(output_dir) if run.preset == preset.preset and all(
-        getattr(run, name) == getattr(preset, name) for name in HYPERPARAMETERS + ('init_from',))]
-    return matching[-1] if matching else None
-
-
 def show(preset):
     """Prints what would be trained, with all hyperparameters."""
     import resnet
@@ -1036,6 +1054,337 @@ def show(preset):
     print(describe_training(preset, parameters, TRAINING_IMAGES))
     for name in HYPERPARAMETERS:
         print(f'    {name:22} {getattr(preset, name)}')
+
+
+# ------------------------------------------------------------------------------ many runs
+
+def _train_all(presets, flags):
+    """Trains or resumes what is missing of `presets`, one after the other. Names in the end what failed."""
+    failures = []
+    for k, preset in enumerate(presets):
+        label = _label(preset, presets)
+        run = _on_record(preset, load_presets(flags['output_dir']))
+        if _left_alone(run, label, failures):
+            continue
+        try:
+            _train_one(run or preset, flags)
+        except InputError as error:
+            warn(error)
+            failures.append(f'{label}: {error}')
+        except SystemExit:
+            rest = '; '.join(_label(preset, presets) for preset in presets[k + 1:])
+            print(f'The same command resumes it and then trains {rest}.' if rest else 'So does the same command.')
+            raise
+    if failures:
+        raise InputError('; '.join(failures))
+
+
+def _label(preset, presets):
+    """What tells a run from the others of its command."""
+    several = len({other.preset for other in presets}) > 1
+    return f'preset {preset.name}, seed {preset.seed}' if several else f'seed {preset.seed}'
+
+
+def _on_record(preset, runs):
+    """The newest of `runs` with all the hyperparameters of `preset`, seed included, or None."""
+    matching = [run for run in runs if run.preset == preset.preset and all(
+        getattr(run, name) == getattr(preset, name) for name in HYPERPARAMETERS + ('init_from',))]
+    return matching[-1] if matching else None
+
+
+def _left_alone(run, label, failures):
+    """Whether a run is on record (it may be None) and not to be resumed, which is said. A diverged one is a failure."""
+    if run is None or run.status == 'interrupted':
+        return False
+    print(f'{label.capitalize()}: run {run.timestamp} is on record, {state(run)}; --preset {run.name} --seed '
+          f'{run.seed} alone trains another')
+    if run.status == 'diverged':
+        failures.append(f'{label} diverged')
+    return True
+
+
+def _train_task(preset, flags):
+    """Trains the run of one task of a scheduler, or resumes it; one that is complete is left alone."""
+    failures = []
+    run = _freed(preset, flags['output_dir'])
+    if not _left_alone(run, _label(preset, [preset]), failures):
+        _train_one(run or preset, flags)
+    if failures:
+        raise InputError(failures[0])
+
+
+def _freed(preset, output_dir):
+    """The run of `preset` that is on record, or None; not before the lock of a lost node, on which it ran, has ended.
+
+    Raises InputError where the run is still in training after LOCK_OUTLIVES seconds.
+    """
+    begin, said = time.monotonic(), False
+    while True:
+        run = _on_record(preset, load_presets(output_dir))
+        if run is None or run.status != 'training':
+            return run
+        if time.monotonic() - begin > LOCK_OUTLIVES:
+            raise InputError(f'run {run.timestamp} is in training by another process')
+        if not said:
+            said = True
+            warn(f'run {run.timestamp} is in training by another process: waiting for {LOCK_OUTLIVES} seconds at most')
+        time.sleep(1)
+
+
+# ------------------------------------------------------------------------------ many runs by Ray
+
+def _train_by_ray(presets, overrides, flags):
+    """Trains or resumes what is missing of `presets` by Ray, side by side. Names in the end what failed."""
+    flags = dict(flags, **{name: os.path.abspath(flags[name]) for name in ('output_dir', 'data_dir')})
+    output_dir = flags['output_dir']
+    check_output_dir(output_dir)
+    failures, missing = [], {}
+    runs = load_presets(output_dir)
+    for preset in presets:
+        label = _label(preset, presets)
+        if not _left_alone(_on_record(preset, runs), label, failures):
+            missing[label] = preset
+    if missing:
+        with _ray(flags['ray']) as ray:
+            nodes = _nodes(ray)
+            _check_nodes(ray, nodes, output_dir, flags['data_dir'])
+            share = _share(nodes, len(presets))  # of all, so that the same command gives each the same again
+            print(f'{counted(len(missing), "run")} by Ray on {counted(len(nodes), "node")}, {_in_words(share)} each; '
+                  f'what they print is in {os.path.join(output_dir, "runs")}', flush=True)
+            task = ray.remote(_run_task).options(max_retries=RETRIES, **share)
+            tasks = {task.remote(_flags_of(preset, overrides, flags), share.get('num_cpus')): label
+                     for label, preset in missing.items()}
+            _follow(ray, tasks, missing, output_dir, failures)
+    if failures:
+        raise InputError('; '.join(failures))
+
+
+@contextlib.contextmanager
+def _ray(address):
+    """Ray, connected to the cluster at `address`, or started for this block on this machine."""
+    os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
+    options = dict(log_to_driver=False, logging_level=logging.ERROR)
+    if address == THIS_MACHINE:  # on 2.7 for this machine alone; on today's, for who knows a password of this run
+        os.environ.update(RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_worker_niceness='0')
+        options.update(num_cpus=len(_own_cores()), include_dashboard=False, object_store_memory=10**8,  # bytes
+                       _node_ip_address='127.0.0.1')
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError(f'--ray needs Ray, which is not installed here ({error}): pip install ray')
+    try:
+        ray.init(address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(f'there is no Ray cluster to work with at {address} ({" ".join(str(error).split())})')
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _nodes(ray):
+    """The nodes of the cluster that can train: those with GPUs or, where there are none, those with cores."""
+    nodes = [node for node in ray.nodes() if node['Alive']]
+    able = [node for node in nodes if _gpus(node)] or [node for node in nodes if _cores(node)]
+    if not able:
+        raise InputError('the Ray cluster has neither GPUs nor cores')
+    return able
+
+
+def _gpus(node):
+    return int(node['Resources'].get('GPU', 0))
+
+
+def _cores(node):
+    return int(node['Resources'].get('CPU', 0))
+
+
+def _own_cores():
+    """The cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else set(range(os.cpu_count()))
+
+
+def _share(nodes, runs):
+    """What each of so many runs gets, as Ray names it.
+
+    One GPU, where there are any. Otherwise as many cores as let all runs work at once; one, where there are more runs
+    than cores: separate runs use cores better than the threads of one run do.
+    """
+    if _gpus(nodes[0]):
+        return dict(num_gpus=1, num_cpus=0)
+    for cores in range(max(map(_cores, nodes)), 1, -1):
+        if sum(_cores(node) // cores for node in nodes) >= runs:
+            return dict(num_cpus=cores)
+    return dict(num_cpus=1)
+
+
+def _in_words(share):
+    return 'one GPU' if 'num_gpus' in share else counted(share['num_cpus'], 'core')
+
+
+def _flags_of(preset, overrides, flags):
+    """The command line that trains, or resumes, this one run."""
+    words = ['--preset', str(preset.preset), '--task', '0', '--quiet']
+    words += ['--output_dir', flags['output_dir'], '--data_dir', flags['data_dir']]
+    return words + [f'--{name}={value}' for name, value in dict(overrides, seed=preset.seed).items()]
+
+
+def _check_nodes(ray, nodes, output_dir, data_dir):
+    """Raises InputError that names the nodes on which a run would fail, before hours are spent."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    token = secrets.token_hex(16)
+    path = os.path.join(output_dir, 'INFOS', UNFINISHED + token)
+    write_atomically(path, token.encode())
+    problems = []
+    try:
+        tasks = [ray.remote(_problem_on_node).options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node['NodeID'], soft=False)).remote(
+                path, token, data_dir) for node in nodes]
+        with Progress(total=len(nodes), desc='checking folders and data', unit='nodes') as progress:
+            for node, task in zip(nodes, tasks):
+                try:
+                    problem = ray.get(task)
+                except ray.exceptions.RayError as error:
+                    problem = f'does not answer ({type(error).__name__})'
+                if problem:
+                    problems.append(f'node {node["NodeManagerHostname"]} ({node["NodeManagerAddress"]}) {problem}')
+                progress.update()
+    finally:
+        os.unlink(path)
+    if problems:
+        raise InputError('; '.join(problems))
+
+
+def _problem_on_node(path, token, data_dir):
+    """A Ray task: why a run would fail on this node, or ''. It stands on nothing of ours, which the node may lack."""
+    try:
+        with open(path) as file:
+            shared = file.read() == token
+    except OSError:
+        shared = False
+    if not shared:
+        folder = os.path.dirname(os.path.dirname(path))
+        return f'does not see the output folder {folder}: name one that all nodes share, with --output_dir'
+    if not os.path.exists(os.path.join(PROJECT_DIR, 'resnet_train.py')):
+        return f'does not have the scripts in {PROJECT_DIR}: put them where all nodes see them'
+    code = ('import sys; sys.path.insert(0, sys.argv[1]); import data_helpers; '
+            'data_helpers.load(sys.argv[2], data_helpers.TRAIN_FILES)')
+    loading = subprocess.run([sys.executable, '-c', code, PROJECT_DIR, data_dir], stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    return f'cannot load the data: {_last_line(loading.stderr)}' if loading.returncode else ''
+
+
+def _last_line(text):
+    """What a process said last, without who says it."""
+    lines = text.strip().splitlines() or ['it said nothing']
+    return re.sub(r'^(resnet_train\.py: error|data_helpers\.InputError): ', '', lines[-1])
+
+
+def _run_task(words, cores):
+    """A Ray task: a run in a process of its own, on so many cores (0: on all). Returns its status, stdout and stderr.
+
+    Where Ray cancels the task, the process is asked to end as by `kill`: validated, saved and recorded.
+    """
+    with _cores_of_its_own(cores):
+        process = subprocess.Popen([sys.executable, os.path.join(PROJECT_DIR, 'resnet_train.py')] + words,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   universal_newlines=True)
+        while True:
+            try:
+                out, err = process.communicate(timeout=1)
+                return process.returncode, out, err
+            except subprocess.TimeoutExpired:
+                pass
+            except KeyboardInterrupt:  # by which Ray cancels
+                process.terminate()
+
+
+@contextlib.contextmanager
+def _cores_of_its_own(number):
+    """Within the block what this thread starts keeps to so many cores, which no other task on this machine has.
+
+    Ray counts cores, and does not say which. Without this the threads of each run would be as many as all cores, and so
+    would its results differ from those of the run trained alone. macOS and Windows cannot: there a run uses all.
+    """
+    if not number or not hasattr(os, 'sched_setaffinity'):
+        yield
+        return
+    cores, chosen = sorted(_own_cores()), []
+    with contextlib.ExitStack() as stack:
+        for core in cores:
+            with contextlib.suppress(InputError):  # another task has it
+                if len(chosen) < number:
+                    path = os.path.join(tempfile.gettempdir(), f'lastresnet_core_{core}{LOCK}')
+                    stack.enter_context(file_lock(path))
+                    chosen.append(core)
+        others = [core for core in cores if core not in chosen]  # two clusters on one machine share cores
+        os.sched_setaffinity(0, chosen + others[:number - len(chosen)])
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, cores)
+
+
+def _follow(ray, tasks, presets, output_dir, failures):
+    """Says what comes of the runs, a line each, until all `tasks` ({Ray's reference: label}) have ended.
+
+    Adds to `failures` what failed. On Ctrl-C all runs end cleanly, and the script with status 130.
+    """
+    stopping = []
+
+    def handler(number, frame):
+        if not stopping:
+            stopping.append(number)
+            print('\nStopping: every run validates and saves. Ctrl-C again breaks them off.', flush=True)
+        elif number == signal.SIGINT:
+            print('\nBroken off. What was saved is whole; the same command goes on from there.', flush=True)
+            sys.exit(128 + number)
+
+    steps = sum(preset.length() for preset in presets.values())
+    cancelled = False
+    with _on_signals(handler), Progress(total=steps, desc='training', unit='steps',
+                                        initial=_steps(presets, output_dir)) as progress:
+        looked = time.monotonic()
+        while tasks:
+            ended, _ = ray.wait(list(tasks), timeout=1)
+            for task in ended:
+                failures += _report(ray, task, tasks[task], presets[tasks.pop(task)], output_dir)
+            if stopping and not cancelled:
+                cancelled = True
+                for task in tasks:
+                    ray.cancel(task)
+            if time.monotonic() - looked > LOOK_EVERY:
+                looked = time.monotonic()
+                progress.update(_steps(presets, output_dir) - progress.n)
+    if stopping:
+        print('The same command goes on.')
+        sys.exit(130)
+
+
+def _steps(presets, output_dir):
+    """How many steps of the runs are saved."""
+    runs = load_presets(output_dir, refused=lambda error: None)
+    return sum(run.steps or 0 for run in (_on_record(preset, runs) for preset in presets.values()) if run)
+
+
+def _report(ray, task, label, preset, output_dir):
+    """Prints what came of a run, in a line. Returns a list: of how it failed, or empty."""
+    try:
+        status, out, err = ray.get(task)
+    except ray.exceptions.TaskCancelledError:  # before it began
+        return []
+    except ray.exceptions.RayError as error:
+        status, out, err = None, '', f'Ray could not run it: {type(error).__name__}'
+    run = _on_record(preset, load_presets(output_dir, refused=lambda error: None))
+    if run is None or status not in (0, 130):
+        problem = f'{label}: {_last_line(err)}' if status != -signal.SIGTERM else f'{label}: stopped before it began'
+        warn(problem)
+        return [problem]
+    resumed = re.search(r'^Resuming run \d+ (at step [\d,]+)', out, re.M)
+    words = f'{run.status}, resumed {resumed.group(1)}' if resumed else run.status
+    Progress.row(f'{label.capitalize()}: run {run.timestamp} is {words}: best validation accuracy '
+                 f'{run.val_accuracy:.4f} at step {run.early_stopping_epoch:,}; {run.training_time:.1f} minutes')
+    return [] if status == 0 else [f'{label} was interrupted']
 
 
 if __name__ == '__main__':
