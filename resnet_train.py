@@ -1168,6 +1168,8 @@ def _ray(address):
         os.environ.update(RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_worker_niceness='0')
         options.update(num_cpus=len(_own_cores()), include_dashboard=False, object_store_memory=10**8,  # bytes
                        _node_ip_address='127.0.0.1')
+    else:
+        os.environ.setdefault('RAY_NUM_REDIS_GET_RETRIES', '1')  # of 40 seconds each, until a cluster counts as gone
     try:
         import ray
     except ImportError as error:
@@ -1175,7 +1177,8 @@ def _ray(address):
     try:
         ray.init(address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f'there is no Ray cluster to work with at {address} ({" ".join(str(error).split())})')
+        problem = ' '.join(str(error).split()) or 'it does not answer'
+        raise InputError(f'there is no Ray cluster to work with at {address} ({problem})')
     try:
         yield ray
     finally:
@@ -1330,33 +1333,27 @@ def _follow(ray, tasks, presets, output_dir, failures):
 
     Adds to `failures` what failed. On Ctrl-C all runs end cleanly, and the script with status 130.
     """
-    stopping = []
-
-    def handler(number, frame):
-        if not stopping:
-            stopping.append(number)
-            print('\nStopping: every run validates and saves. Ctrl-C again breaks them off.', flush=True)
-        elif number == signal.SIGINT:
-            print('\nBroken off. What was saved is whole; the same command goes on from there.', flush=True)
-            sys.exit(128 + number)
-
+    asked, cancelled = [], False
     steps = sum(preset.length() for preset in presets.values())
-    cancelled = False
-    with _on_signals(handler), Progress(total=steps, desc='training', unit='steps',
-                                        initial=_steps(presets, output_dir)) as progress:
+    with _on_signals(lambda number, frame: asked.append(number)), Progress(
+            total=steps, desc='training', unit='steps', initial=_steps(presets, output_dir)) as progress:
         looked = time.monotonic()
         while tasks:
             ended, _ = ray.wait(list(tasks), timeout=1)
             for task in ended:
                 failures += _report(ray, task, tasks[task], presets[tasks.pop(task)], output_dir)
-            if stopping and not cancelled:
+            if asked and not cancelled:
                 cancelled = True
+                Progress.row('Stopping: every run validates and saves. Ctrl-C again breaks them off.')
                 for task in tasks:
                     ray.cancel(task)
+            if asked[1:] and asked[-1] == signal.SIGINT:
+                Progress.row('Broken off. What was saved is whole.')
+                break
             if time.monotonic() - looked > LOOK_EVERY:
                 looked = time.monotonic()
                 progress.update(_steps(presets, output_dir) - progress.n)
-    if stopping:
+    if asked:
         print('The same command goes on.')
         sys.exit(130)
 
