@@ -2,6 +2,7 @@
 import contextlib
 import glob
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -25,7 +26,7 @@ from sample import PROJECT_DIR, SAMPLE_DIR, TINY, run_script
 
 SCRIPTS = ('data_helpers.py', 'resnet.py', 'presets_and_results.py', 'resnet_train.py', 'for_report/__init__.py',
            'for_report/uncertainty.py')
-SHORT = ('--batch_size', 30, '--num_epochs', 100000, '--evaluate_every', 40, '--checkpoint_every', 1,
+SHORT = ('--batch_size', 10, '--num_epochs', 100000, '--evaluate_every', 40, '--checkpoint_every', 1,
          '--data_augmentation', 'true')
 STORE = dict(object_store_memory=10 ** 8)  # bytes
 
@@ -68,6 +69,15 @@ def wait_for(condition, process):
 def at_work(output_dir):
     """The seeds of the runs that are in training and have saved a step."""
     return {run.seed for run in load_presets(str(output_dir)) if run.status == 'training' and run.steps}
+
+
+def seeds_on(node):
+    """The seeds of the runs that a node of Ray trains: a raylet's workers have them as processes."""
+    raylet = str(node.all_processes['raylet'][0].process.pid)
+    lines = subprocess.check_output(['ps', '-eo', 'pid=,ppid=,args='], universal_newlines=True).splitlines()
+    processes = {line.split()[0]: line.split()[1:] for line in lines}
+    return {int(word.split('=')[1]) for parent, *words in processes.values() for word in words
+            if word.startswith('--seed=') and processes.get(parent, [None])[0] == raylet}
 
 
 def by_recipe(output_dir):
@@ -331,14 +341,16 @@ def test_ctrl_c_ends_all_and_the_same_command_goes_on(project, tmp_path):
     assert found.keys() == expected.keys()
 
 
-def test_eight_runs_on_two_nodes_one_of_them_killed(project, tmp_path):
+def test_eight_runs_on_two_nodes_one_of_them_killed(project, tmp_path, monkeypatch):
+    monkeypatch.setenv('RAY_AUTH_MODE', 'token')  # nobody else, while it lasts
+    monkeypatch.setenv('RAY_AUTH_TOKEN', secrets.token_hex(32))
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, **STORE))
     try:
         victim = cluster.add_node(num_cpus=1, node_ip_address='127.0.0.2', **STORE)
         cluster.add_node(num_cpus=0, **STORE)  # it has the machine's own address, where the script looks for its node
-        flags = ('--preset', 0, *SHORT, '--max_steps', 120, '--seeds', 8, '--output_dir')
+        flags = ('--preset', 0, *SHORT, '--max_steps', 100, '--seeds', 8, '--output_dir')
         process = start(project, *flags, tmp_path / 'by_ray', '--ray', cluster.address)
-        wait_for(lambda: len(at_work(tmp_path / 'by_ray')) == 2, process)  # one of them on each node
+        wait_for(lambda: at_work(tmp_path / 'by_ray') & seeds_on(victim), process)
         cluster.remove_node(victim, allow_graceful=False)
         out, err = process.communicate(timeout=500)
         assert process.returncode == 0, err
