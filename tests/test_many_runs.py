@@ -15,6 +15,9 @@ import kubernetes_validate
 import numpy as np
 import pytest
 import yaml
+
+# Ray's cluster listens to the network: nobody else may use it. It reads this when it is imported.
+os.environ.update(RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=secrets.token_hex(32))
 from ray.cluster_utils import Cluster
 
 import resnet_train
@@ -74,7 +77,7 @@ def at_work(output_dir):
 def seeds_on(node):
     """The seeds of the runs that a node of Ray trains: a raylet's workers have them as processes."""
     raylet = str(node.all_processes['raylet'][0].process.pid)
-    lines = subprocess.check_output(['ps', '-eo', 'pid=,ppid=,args='], universal_newlines=True).splitlines()
+    lines = subprocess.check_output(['ps', '-ewwo', 'pid,ppid,args'], universal_newlines=True).splitlines()
     processes = {line.split()[0]: line.split()[1:] for line in lines}
     return {int(word.split('=')[1]) for parent, *words in processes.values() for word in words
             if word.startswith('--seed=') and processes.get(parent, [None])[0] == raylet}
@@ -341,9 +344,7 @@ def test_ctrl_c_ends_all_and_the_same_command_goes_on(project, tmp_path):
     assert found.keys() == expected.keys()
 
 
-def test_eight_runs_on_two_nodes_one_of_them_killed(project, tmp_path, monkeypatch):
-    monkeypatch.setenv('RAY_AUTH_MODE', 'token')  # nobody else, while it lasts
-    monkeypatch.setenv('RAY_AUTH_TOKEN', secrets.token_hex(32))
+def test_eight_runs_on_two_nodes_one_of_them_killed(project, tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, **STORE))
     try:
         victim = cluster.add_node(num_cpus=1, node_ip_address='127.0.0.2', **STORE)
