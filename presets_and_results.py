@@ -37,6 +37,7 @@ LARGEST_RECORD = 1 << 20              # bytes; a real one has about one thousand
 LONGEST_TEXT = 200                    # characters of an attribute
 LARGEST_PREDICTIONS = 1 << 20         # characters; 10,000 images take 40,000
 NEWEST, BEST = 'newest', 'best'       # in place of a timestamp
+AUTO = 'auto'                         # in place of true or false
 LOCK = '.lock'                        # of a run's folder, and of INFOS/
 LOG_PATIENCE = 60                     # seconds to wait for INFOS/, which others hold for milliseconds
 RUN_PATIENCE = 1                      # seconds to wait for a run, which a table may be looking at
@@ -79,8 +80,16 @@ class Switch(collections.namedtuple('Switch', 'default meaning')):
         """Returns `value` (text from a flag, or a bool) as a bool, or raises InputError."""
         known = {'true': True, '1': True, 'false': False, '0': False}
         if str(value).lower() not in known:
-            raise InputError(f'{name} must be true or false, not {value!r}')
+            raise InputError(f'{name} must be {self.expected}, not {value!r}')
         return known[str(value).lower()]
+
+
+class SwitchOrAuto(Switch):
+    """A field of Preset: true, false or, until the training decides, auto."""
+    expected = 'true, false or auto'
+
+    def check(self, name, value):
+        return AUTO if value == AUTO else super().check(name, value)
 
 
 class Text(collections.namedtuple('Text', 'default pattern expected meaning')):
@@ -146,7 +155,7 @@ FIELDS = {
     'mixup': Number(0.0, float, 0, 100, 'alpha of the Beta distribution of mixup; 0: none'),
     'random_erasing': Number(0.0, float, 0, 1, 'probability that a rectangle of a training image is erased'),
     'low_resolution_epochs': Number(0.0, float, 0, 100000, 'epochs, from the first, that train on crops of 24x24'),
-    'mixed_precision': Switch(False, 'train in 16 bits: faster where the hardware can'),
+    'mixed_precision': SwitchOrAuto(False, 'train in 16 bits; auto: where the hardware gains by it'),
     'xla': Switch(False, 'let XLA compile the graph, on a GPU'),
     'checkpoint_minutes': Number(2.0, float, 0, 10**6, 'minutes between crash-recovery saves'),
     'muon_lr': Number(0.0, float, 0, 100, "Muon's learning rate, at its highest, for the kernels of the convolutions; "
@@ -172,11 +181,11 @@ ORIGIN = ('init_from', 'rate_history')  # so does it on these, which have no fla
 # ------------------------------------------------------------------------------ presets
 
 MODERN = dict(num_residual_units=3, lr=0.4, muon_lr=0.02, schedule='one-cycle', nesterov=True, l2_reg_lambda=0.0005,
-              relu_leakiness=0.0, evaluate_every=704, checkpoint_every=704)
+              relu_leakiness=0.0, evaluate_every=704, checkpoint_every=704, mixed_precision=AUTO)
 PAPER = dict(lr_decay=0.1, lr_milestones='32000,48000', num_epochs=182, max_steps=64000, l2_reg_lambda=0.0001,
              relu_leakiness=0.0, evaluate_every=1000, checkpoint_every=1000)
 BEST_RECIPE = dict(schedule='cosine', warmup_epochs=5, nesterov=True, l2_reg_lambda=0.0005, relu_leakiness=0.0,
-                   evaluate_every=704, checkpoint_every=704)
+                   evaluate_every=704, checkpoint_every=704, mixed_precision=AUTO)
 PRESETS = {
     0: dict(num_residual_units=1, l2_reg_lambda=0.0003, batch_size=64, num_epochs=6, evaluate_every=352,
             checkpoint_every=352, data_augmentation=False),  # a first look: too short for augmentation to pay

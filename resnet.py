@@ -288,7 +288,8 @@ class ResNet:
                 self.training_X = tf.placeholder(tf.float32, [None, None, None, 3], name='X')
             self.learning_rate = tf.placeholder(tf.float32, [], name='learning_rate')
             self._statistics_momentum = tf.placeholder_with_default(BN_MOMENTUM, [], name='statistics_momentum')
-            self._training_type = half_precision() if self.preset.mixed_precision else tf.float32
+            half = half_precision() if self.preset.mixed_precision else None
+            self._training_type = half or tf.float32
             if self.preset.towers == 1:
                 logits = self._network(self.training_X, training=True)
                 self.training_loss, self.training_accuracy = self._loss_and_accuracy(

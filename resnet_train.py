@@ -31,7 +31,7 @@ import numpy as np
 import data_helpers
 from data_helpers import (PROJECT_DIR, UNFINISHED, ArgumentParser, InputError, Progress, console_log,
                           event_records, exit_on_input_error, file_lock, survives, warn, write_atomically)
-from presets_and_results import (CONSOLE_LOG, FIELDS, HYPERPARAMETERS, LOCK, MODEL, NAMES, NEWEST, RECIPE, RESUME,
+from presets_and_results import (AUTO, CONSOLE_LOG, FIELDS, HYPERPARAMETERS, LOCK, MODEL, NAMES, NEWEST, RECIPE, RESUME,
                                  TRAINING_IMAGES, Number, Switch, best_checkpoint, check_output_dir, command,
                                  load_preset, load_presets, locked, make_preset, read_preset, start_run, state)
 # TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
@@ -100,6 +100,8 @@ def describe_recipe(preset):
         value = getattr(preset, name)
         if value is True:
             words.append(name.replace('_', ' '))
+        elif value == AUTO:
+            words.append(f'{name.replace("_", " ")} where the hardware gains by it')
         elif value:
             words.append(f'{name.replace("_", " ")} {value:g}')
     if preset.towers > 1:
@@ -312,6 +314,8 @@ def train(preset, data_dir, output_dir, resume=False, cluster=Cluster()):
     print('Loading TensorFlow ...', flush=True)
     import resnet
     _check_hardware(preset, resnet, cluster)
+    if preset.mixed_precision == AUTO:
+        preset.mixed_precision = resnet.half_precision() is not None
     if not resume:
         start_run(preset, output_dir)
     log = os.path.join(preset.run_dir(output_dir), CONSOLE_LOG)
@@ -762,9 +766,10 @@ def _check_hardware(preset, resnet, cluster):
     gpus = resnet.count_gpus()
     if not cluster.tasks and preset.towers > gpus > 0:
         raise InputError(f'{preset.towers} towers need as many GPUs, and TensorFlow sees {gpus}: lower --towers')
-    if preset.mixed_precision and not resnet.half_precision():
+    if preset.mixed_precision is True and not resnet.half_precision():
         raise InputError('mixed_precision needs a GPU of compute capability 7 or more, or a processor with AVX512_BF16 '
-                         "or AMX under today's TensorFlow; here it would only cost accuracy: leave it out")
+                         "or AMX under today's TensorFlow; here it would only cost accuracy: give --mixed_precision "
+                         'false or auto, or resume the run where it was begun')
     if preset.xla and resnet.KERNELS != 'GPU':
         raise InputError('xla is for GPUs, and TensorFlow sees none; it would slow the training here: leave it out')
 
@@ -985,7 +990,7 @@ def _to_resume(flags, overrides):
     changes = {name: FIELDS[name].check(name, value) for name, value in overrides.items()}
     for number in flags['preset'] or []:
         changes['preset'] = make_preset(number).preset
-    changes = {name: value for name, value in changes.items() if value != getattr(preset, name)}
+    changes = {name: value for name, value in changes.items() if value not in (AUTO, getattr(preset, name))}
     rates = {name for name in changes if name in ('lr', 'muon_lr') and preset.status == 'diverged'}
     for name in changes:
         if name not in rates | {'num_epochs', 'max_steps'}:
@@ -1088,7 +1093,7 @@ def _label(preset, presets):
 def _on_record(preset, runs):
     """The newest of `runs` with all the hyperparameters of `preset`, seed included, or None."""
     matching = [run for run in runs if run.preset == preset.preset and all(
-        getattr(run, name) == getattr(preset, name) for name in HYPERPARAMETERS + ('init_from',))]
+        getattr(preset, name) in (AUTO, getattr(run, name)) for name in HYPERPARAMETERS + ('init_from',))]
     return matching[-1] if matching else None
 
 

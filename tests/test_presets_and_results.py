@@ -63,7 +63,8 @@ def test_columns_begin_as_in_2020():
     ({'batch_size': 0}, 'batch_size must be a whole number from 1'), ({'batch_size': '1.5'}, 'batch_size'),
     ({'lr': 'abc'}, "lr must be a number .* not 'abc'"), ({'lr': 'nan'}, 'lr'), ({'lr': 'inf'}, 'lr'),
     ({'lr': -1}, 'lr'), ({'lr': 0}, 'lr'), ({'lr_decay': 1.1}, 'lr_decay'), ({'num_residual_units': 0}, 'num_res'),
-    ({'num_classes': 9}, 'num_classes'), ({'data_augmentation': 'maybe'}, 'true or false'),
+    ({'num_classes': 9}, 'num_classes'), ({'data_augmentation': 'auto'}, "must be true or false, not 'auto'"),
+    ({'mixed_precision': 'maybe'}, "mixed_precision must be true, false or auto, not 'maybe'"),
     ({'seed': -1}, 'seed must be a whole number from 0 to 4294967295'),
     ({'max_steps': -1}, 'max_steps'), ({'max_steps': 1.5}, 'max_steps'), ({'learning_rate': 1}, 'learning_rate'),
     ({'relu_leakiness': [0.1]}, 'relu_leakiness'), ({'device': 7}, 'device must be text')])

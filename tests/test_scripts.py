@@ -133,6 +133,20 @@ def test_what_the_hardware_cannot_is_refused(flag, message, tmp_path):
     assert os.listdir(str(tmp_path / 'runs')) == []
 
 
+@pytest.mark.parametrize('half', [None, tf.float16])
+def test_auto_records_what_the_hardware_gains_by(half, cifar10, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(resnet, 'half_precision', lambda: half)
+    tiny = dict(batch_size=20, max_steps=2, num_residual_units=1)
+    preset = train(make_preset('fast', **tiny), cifar10, str(tmp_path))
+    used = half is not None
+    assert preset.mixed_precision is used and load_preset(str(tmp_path)).mixed_precision is used
+    assert (', mixed precision, seed' in capsys.readouterr().out) == used
+    runs = load_presets(str(tmp_path))
+    for asked, found in (('auto', True), (used, True), (not used, False)):
+        again = make_preset('fast', mixed_precision=asked, **tiny)
+        assert (resnet_train._on_record(again, runs) is not None) == found
+
+
 @pytest.mark.parametrize('name', ['fast', 'standard', 'paper20', 'paper32', 'paper56', 'paper110', 'best20', 'best56'])
 def test_the_first_steps_of_the_long_presets(name, cifar10, tmp_path):
     preset = train(make_preset(name, batch_size=20, max_steps=2), sample.SAMPLE_DIR, str(tmp_path))
