@@ -877,6 +877,8 @@ def main(arguments=None):
     if sum(flags[name] is not None for name in ('resume', 'task', 'ray')) > 1:
         raise InputError('--resume, --task and --ray exclude each other')
     cluster = flags['cluster'] = read_cluster(os.environ.get('TF_CONFIG'))
+    if cluster.tasks and flags['ray'] is not None:
+        raise InputError('--ray spreads runs and TF_CONFIG one run over machines: leave --ray out, or unset TF_CONFIG')
     if cluster.serves and not flags['show']:
         cluster.serve()
     if cluster.tasks and flags['resume'] is None:
@@ -1153,7 +1155,8 @@ def _train_by_ray(presets, overrides, flags):
         with _ray(flags['ray']) as ray:
             nodes = _nodes(ray)
             _check_nodes(ray, nodes, output_dir, flags['data_dir'])
-            share = _share(nodes, len(presets))  # of all, so that the same command gives each the same again
+            towers = max(preset.towers for preset in presets)
+            share = _share(nodes, len(presets), towers)  # of all, so that the same command gives each the same again
             print(f'{counted(len(missing), "run")} by Ray on {counted(len(nodes), "node")}, {_in_words(share)} each; '
                   f'what they print is in {os.path.join(output_dir, "runs")}', flush=True)
             task = ray.remote(_run_task).options(max_retries=RETRIES, **share)
@@ -1212,14 +1215,14 @@ def _own_cores():
     return os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else set(range(os.cpu_count()))
 
 
-def _share(nodes, runs):
+def _share(nodes, runs, towers=1):
     """What each of so many runs gets, as Ray names it.
 
-    One GPU, where there are any. Otherwise as many cores as let all runs work at once; one, where there are more runs
+    A GPU a tower, where there are any. Otherwise as many cores as let all runs work at once; one, where there are more runs
     than cores: separate runs use cores better than the threads of one run do.
     """
     if _gpus(nodes[0]):
-        return dict(num_gpus=1, num_cpus=0)
+        return dict(num_gpus=towers, num_cpus=0)
     for cores in range(max(map(_cores, nodes)), 1, -1):
         if sum(_cores(node) // cores for node in nodes) >= runs:
             return dict(num_cpus=cores)
@@ -1227,7 +1230,7 @@ def _share(nodes, runs):
 
 
 def _in_words(share):
-    return 'one GPU' if 'num_gpus' in share else counted(share['num_cpus'], 'core')
+    return counted(share['num_gpus'], 'GPU') if 'num_gpus' in share else counted(share['num_cpus'], 'core')
 
 
 def _flags_of(preset, overrides, flags):

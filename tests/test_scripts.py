@@ -335,8 +335,8 @@ def record_header(length):
 
 
 def test_a_batch_too_large_for_the_memory_is_named(cifar10, monkeypatch, tmp_path):
-    def small(preset, made=resnet.make_session):
-        session = made(preset)
+    def small(*words, made=resnet.make_session):
+        session = made(*words)
 
         def exhausted(fetches, *feed, run=session.run):
             if isinstance(fetches, list):  # a training step's

@@ -235,6 +235,13 @@ def test_a_bad_tf_config_is_refused_before_tensorflow_starts(tmp_path):
     assert (status, out, err.count('\n')) == (2, '', 1) and err.startswith('resnet_train.py: error: TF_CONFIG must')
 
 
+def test_ray_and_a_cluster_of_ours_exclude_each_other(tmp_path):
+    config = described(dict(worker=['a:1', 'b:1']), index=1)
+    status, _, err = sample.run_script('resnet_train.py', '--ray', '--output_dir', tmp_path, tensorflow=False,
+                                       TF_CONFIG=config)
+    assert status == 2 and 'leave --ray out, or unset TF_CONFIG' in err and err.count('\n') == 1
+
+
 def test_as_many_towers_as_tasks(cifar10, tmp_path):
     tasks = [Task('chief', 0, 'a:1'), Task('worker', 0, 'b:1')]
     for towers in (1, 3):
