@@ -164,6 +164,8 @@ FIELDS = {
     'init_from': Number(None, int, 0, 10**12, 'timestamp of the run whose weights it started from'),
     'rate_history': free_text(None, 'learning rates before the run diverged and was resumed with lower ones'),
     'towers': Number(1, int, 1, 1000, 'devices that share each batch, each normalizing by its own part of it'),
+    'test_accuracy_mirrored': Number(None, float, 0, 1, 'test accuracy by the mean of the class probabilities of each '
+                                                        'image and its mirror image, 0 to 1'),
 }
 COLUMNS = tuple(FIELDS)
 HYPERPARAMETERS = tuple(  # have a flag of their name
@@ -713,6 +715,7 @@ def table(presets, predictions):
             'steps': '' if steps is None else f'{steps:,}', 'validation': _percent(preset.val_accuracy),
             'test': _percent(preset.test_accuracy),
             '95 % interval': f'{bounds[0]:.2%} to {bounds[1]:.2%}' if bounds else '',
+            'with mirror image': _percent(preset.test_accuracy_mirrored),
             'minutes': '' if preset.training_time is None else f'{preset.training_time:.1f}',
             'state': _full_state(preset), 'differs from the preset': differences(preset)})
     return rows
@@ -727,7 +730,8 @@ def _full_state(preset):
 
 
 LEFT_ALIGNED = ('preset', 'model', 'state', 'differs from the preset')
-LESS_IMPORTANT = ('model', 'minutes', 'steps', 'seed', '95 % interval', 'validation')  # left out first, if narrow
+LESS_IMPORTANT = (  # left out first, if narrow
+    'model', 'minutes', 'steps', 'with mirror image', 'seed', '95 % interval', 'validation')
 LAST_COLUMN = 12  # characters, at least; the rest of it is cut off where the terminal ends
 
 

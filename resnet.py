@@ -702,29 +702,51 @@ def evaluate(net, session, images, labels, desc='testing'):
     Returns the mean loss, a float, and the predictions, int64 [N]. Where the memory runs out, it goes on with
     smaller batches. Raises InputError where one image is too large.
     """
-    batch, losses, predictions, done = EVALUATION_BATCH, [], [], 0
-    with data_helpers.Progress(total=len(images), desc=desc, unit='images') as progress:
-        while done < len(images):
-            try:
-                for loss, predicted in _evaluate_batches(net, session, images[done:], labels[done:], batch):
-                    losses.append(loss * len(predicted))
-                    predictions.append(predicted)
-                    done += len(predicted)
-                    progress.update(len(predicted))
-            except tf.errors.ResourceExhaustedError as error:
-                if batch == 1:
-                    raise InputError(f'the memory is too small for {desc}, even one image at a time ({reason(error)})')
-                batch //= 2
-    return float(sum(losses)) / len(images), np.concatenate(predictions)
-
-
-def _evaluate_batches(net, session, images, labels, batch):
-    """Yields the mean loss and the predictions of one batch of images after the other."""
-    def run(start):
-        part = slice(start, start + batch)
+    def run(part):
         return session.run([net.loss, net.predictions], {
             net.X: data_helpers.scale(images[part]),
             net.Y: data_helpers.one_hot(labels[part], net.preset.num_classes)})
 
+    losses, predictions = zip(*_in_batches(run, len(images), EVALUATION_BATCH, desc))
+    summed = sum(loss * len(predicted) for loss, predicted in zip(losses, predictions))
+    return float(summed) / len(images), np.concatenate(predictions)
+
+
+def evaluate_both_views(net, session, images, batch=EVALUATION_BATCH, desc='testing'):
+    """Puts uint8 [N, 32, 32, 3] through the inference form twice: as they are, and as their mirror images (left-right).
+
+    Returns the predictions for the images as they are, int64 [N], and the mean of the probabilities of each image
+    and its mirror image, float32 [N, num_classes]. Batches, progress and errors are as in evaluate.
+    """
+    def run(part):
+        x = data_helpers.scale(images[part])
+        predictions, probabilities = session.run([net.predictions, net.probabilities], {net.X: x})
+        mirrored = session.run(net.probabilities, {net.X: x[:, :, ::-1]})
+        return predictions, (probabilities + mirrored) / 2
+
+    predictions, probabilities = zip(*_in_batches(run, len(images), batch, desc))
+    return np.concatenate(predictions), np.concatenate(probabilities)
+
+
+def _in_batches(run, total, batch, desc):
+    """A list of run(slice) of one batch after the other, in smaller batches from where the memory runs out."""
+    results, done = [], 0
+    with data_helpers.Progress(total=total, desc=desc, unit='images') as progress:
+        while done < total:
+            parts = [slice(start, min(start + batch, total)) for start in range(done, total, batch)]
+            try:
+                for part, result in zip(parts, _at_once(run, parts)):
+                    results.append(result)
+                    done = part.stop
+                    progress.update(part.stop - part.start)
+            except tf.errors.ResourceExhaustedError as error:
+                if batch == 1:
+                    raise InputError(f'the memory is too small for {desc}, even one image at a time ({reason(error)})')
+                batch //= 2
+    return results
+
+
+def _at_once(run, parts):
+    """Yields run(part) of one part after the other; EVALUATED_AT_ONCE of them are at work."""
     with concurrent.futures.ThreadPoolExecutor(EVALUATED_AT_ONCE) as pool:
-        yield from pool.map(run, range(0, len(images), batch))
+        yield from pool.map(run, parts)

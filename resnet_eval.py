@@ -8,7 +8,9 @@
 
 A test takes the run's best checkpoint by validation accuracy, prints accuracy by class and the
 confusion matrix, and records the test accuracy in the run's pickle and in INFOS/eval_overall.txt,
-and the predictions beside the checkpoints. Images are drawn in for_report/used_images.png too.
+and the predictions beside the checkpoints. Beside it stands the accuracy with the mirror image: by the mean of
+the class probabilities of each image and its mirror image. A person's images are judged by that mean, and drawn in
+for_report/used_images.png too. The test accuracy, the matrix and exported networks are of the images as they are.
 An export is for programs without this collection: SavedModel, TensorFlow Lite and ONNX, with a model.json that
 says what they are and how to call them.
 """
@@ -83,14 +85,16 @@ def test(preset, checkpoint, images, labels, output_dir):
     Returns the updated Preset and the confusion matrix int64 [classes, classes], a true class a row.
     Raises InputError where the checkpoint cannot be used, or is no longer the run's best.
     """
-    from resnet import evaluate
-    _, predictions = restored(preset, checkpoint, lambda net, session: evaluate(net, session, images, labels))
+    from resnet import evaluate_both_views
+    predictions, probabilities = restored(preset, checkpoint,
+                                          lambda net, session: evaluate_both_views(net, session, images))
     confusion = np.zeros((preset.num_classes, preset.num_classes), np.int64)
     np.add.at(confusion, (labels, predictions), 1)
     tested = read_preset(preset.pickle_path(output_dir))
     if tested.early_stopping_epoch != preset.early_stopping_epoch:
         raise InputError(f'run {preset.timestamp} was trained further in the meantime; test it again')
-    tested.update(dict(test_accuracy=float((predictions == labels).mean()), finished=True))
+    tested.update(dict(test_accuracy=float((predictions == labels).mean()), finished=True,
+                       test_accuracy_mirrored=float((probabilities.argmax(1) == labels).mean())))
     try:
         save_predictions(tested, output_dir, labels, predictions)
         tested.save(output_dir)
@@ -131,9 +135,10 @@ def _likeliest_mistakes(k, counts):
 def classify(preset, checkpoint, places, output_dir, as_json=False):
     """Prints the three likeliest classes of a person's images under a trained run, and draws a contact sheet of them.
 
-    `places` are files, folders and globs; the sheet is for_report/used_images.png in output_dir. Returns the paths
-    of the images, their probabilities, float32 [images, classes], and sentences about what could not be read.
-    Raises InputError where there is no image at all.
+    Each is judged by the mean of the probabilities of itself and of its mirror image. `places` are files, folders and
+    globs; the sheet is for_report/used_images.png in output_dir. Returns the paths of the images, their probabilities,
+    float32 [images, classes], and sentences about what could not be read. Raises InputError where there is no image
+    at all.
     """
     names, previews, pictures, problems = _read_images(places)
     for problem in problems:
@@ -141,12 +146,10 @@ def classify(preset, checkpoint, places, output_dir, as_json=False):
     if not pictures:
         raise InputError('there is no image to classify in what --images names')
 
-    def use(net, session):
-        # One at a time: the answer for an image is then the same to the last bit whatever is given beside it.
-        return np.concatenate([session.run(net.probabilities, {net.X: data_helpers.scale(picture[None])})
-                               for picture in pictures])
-
-    probabilities = restored(preset, checkpoint, use)
+    from resnet import evaluate_both_views
+    # One at a time: the answer for an image is then the same to the last bit whatever is given beside it.
+    _, probabilities = restored(preset, checkpoint, lambda net, session: evaluate_both_views(
+        net, session, np.stack(pictures), batch=1, desc='classifying'))
     labels = [shown_path(name) for name in names]
     if as_json:
         for name, row in zip(names, probabilities):
@@ -353,7 +356,10 @@ def _card(preset, checkpoint, labels, folder, output_dir):
         'checkpoint': os.path.basename(checkpoint),
         'test_accuracy': preset.test_accuracy if preset.finished else None,
         'interval_95': interval and [round(bound, 6) for bound in interval],
-        'images': '[N, 32, 32, 3], red, green, blue, each 0 to 255; scaling and normalization are inside',
+        'test_accuracy_mirrored': preset.test_accuracy_mirrored if preset.finished else None,
+        'images': '[N, 32, 32, 3], red, green, blue, each 0 to 255; scaling and normalization are inside. What comes '
+                  'out is of the images as they are; test_accuracy_mirrored is by the mean of the probabilities of '
+                  'each image and its mirror image',
         'outputs': {'probabilities': f'float32 [N, {len(labels)}]', 'classes': 'int64 [N], lines of labels.txt from 0'},
         'labels': labels,
         'how_to_call': {name: call for name, call in HOW_TO_CALL.items() if os.path.exists(os.path.join(folder, name))},
@@ -405,9 +411,13 @@ def _classify(flags):
 
 
 def _in_words(preset):
-    """A run in a line: its timestamp, recipe, model and test accuracy."""
-    tested = f', test accuracy {preset.test_accuracy:.2%}' if preset.finished else ', not tested'
-    return f'{preset.timestamp}: {describe(preset)}, {preset.model}{tested}'
+    """A run in a line: its timestamp, recipe, model, test accuracy, and the latter with the mirror image."""
+    name = f'{preset.timestamp}: {describe(preset)}, {preset.model}'
+    if not preset.finished:
+        return f'{name}, not tested'
+    if preset.test_accuracy_mirrored is None:
+        return f'{name}, test accuracy {preset.test_accuracy:.2%}'
+    return f'{name}, test accuracy {preset.test_accuracy:.2%}, with mirror image {preset.test_accuracy_mirrored:.2%}'
 
 
 def _export(flags):
@@ -467,10 +477,12 @@ def _test_one(preset, checkpoint, images, labels, flags):
     if flags.json:
         by_class = {name: float(row[k] / max(row.sum(), 1)) for k, (name, row) in enumerate(zip(CLASSES, confusion))}
         print(json.dumps(dict(run=tested.timestamp, preset=tested.preset, checkpoint=name, images=len(labels),
-                              test_accuracy=tested.test_accuracy, accuracy_by_class=by_class)), flush=True)
+                              test_accuracy=tested.test_accuracy, accuracy_by_class=by_class,
+                              test_accuracy_mirrored=tested.test_accuracy_mirrored)), flush=True)
     else:
         print_confusion(confusion)
-        print(f'test accuracy {tested.test_accuracy:.4f}', flush=True)
+        print(f'test accuracy {tested.test_accuracy:.4f}\n'
+              f'with mirror image {tested.test_accuracy_mirrored:.4f}', flush=True)
 
 
 def _untested(output_dir):

@@ -394,8 +394,8 @@ class Run:
             preset.update(dict(val_accuracy=None, early_stopping_epoch=None, steps=None, training_time=None,
                                images_per_second=None, git_commit=git_commit()))
         preset.update(dict(status='training', device=device_name(self.session), tensorflow_version=tf.__version__,
-                           python_version=platform.python_version(), test_accuracy=None, finished=False,
-                           steps=preset.steps or 0, training_time=preset.training_time or 0.0))
+                           python_version=platform.python_version(), test_accuracy=None,
+                           test_accuracy_mirrored=None, finished=False, steps=preset.steps or 0, training_time=preset.training_time or 0.0))
 
     def _initialize(self):
         from resnet import tf

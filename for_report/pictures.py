@@ -421,7 +421,8 @@ def contact_sheet(preset, labels, previews, pictures, probabilities, output_dir,
     """for_report/used_images.png: an image a cell, as given, as the network saw it, and its probabilities.
 
     `labels` are the images' names, printable; `previews` Pillow images, perhaps of the first ones only; `pictures`
-    uint8 [32, 32, 3]; `probabilities` float32 [images, classes], of the run `preset`.
+    uint8 [32, 32, 3]; `probabilities` float32 [images, classes], of the run `preset`, each the mean of those of an image
+    and of its mirror image.
     """
     shown = len(previews)
     across = min(ACROSS, -(-shown // 4))
@@ -433,7 +434,8 @@ def contact_sheet(preset, labels, previews, pictures, probabilities, output_dir,
         title, family = _drawable(preset.title)
         axes.text(0.1, height * down + 0.32, title, fontsize=9, va='center', weight='bold', family=family)
         rest = '' if shown == len(pictures) else f'; the first {shown} of {len(pictures):,} images'
-        axes.text(0.1, height * down + 0.12, f'as given, as the network saw it (32x32), probabilities in %{rest}',
+        axes.text(0.1, height * down + 0.12,
+                  f'as given, as the network saw it (32x32), probabilities in %, mirror image included{rest}',
                   fontsize=8, va='center')
         for k in range(shown):
             left, bottom = width * (k % across), height * (down - 1 - k // across)

@@ -29,7 +29,7 @@ from for_report.evidence import (OURS, STUDY, STUDY_2020, study_gaps, study_poin
 COLUMN_GROUPS = {  # the first column of each
     'preset': 'setCustomParameters', 'lr': 'setModelParameters', 'batch_size': 'setTrainingParameters',
     'allow_soft_placement': 'setMiscParameters', 'timestamp': 'results', 'schedule': 'setRecipeParameters',
-    'test_95_low': 'comparison'}
+    'test_accuracy_mirrored': 'results, with mirror image', 'test_95_low': 'comparison'}
 P = '[<0.000000000001]"<1E-12";[<0.001]0.0E+00;0.000'  # a p that is too small for digits is not 0
 POINTS = '+0.00%;-0.00%'
 FORMATS = {'training_time': '0.0', 'images_per_second': '0', 'p': P, 'adjusted_p': P, 'difference_accuracy': POINTS,
