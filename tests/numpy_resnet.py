@@ -50,3 +50,10 @@ def logits(x, variables, num_residual_units, leakiness):
             x = y + shortcut
     x = activation(x, variables, 'unit_last/final_bn', leakiness).mean((1, 2))
     return x @ variables.pop('logit/DW') + variables.pop('logit/biases')
+
+
+def probabilities(images, variables, num_residual_units, leakiness):
+    """uint8 [N, 32, 32, 3] to float64 [N, classes]; `variables` stay."""
+    x = logits(images / 127.5 - 1, dict(variables), num_residual_units, leakiness)
+    odds = np.exp(x - x.max(1, keepdims=True))
+    return odds / odds.sum(1, keepdims=True)

@@ -342,9 +342,11 @@ def test_json_of_the_table_of_a_test_and_of_images(tested, tmp_path):
     (row,) = [json.loads(line) for line in out.splitlines()]
     assert (status, err) == (0, '') and row['timestamp'] == preset.timestamp and row['state'] == 'tested, shortened'
     assert row['test_accuracy'] == preset.test_accuracy and len(row['test_interval']) == 2
+    assert row['test_accuracy_mirrored'] == preset.test_accuracy_mirrored is not None
     status, out, err = run_script('resnet_eval.py', '--json', '--timestamp', preset.timestamp, '--output_dir', tested)
     (answer,) = [json.loads(line) for line in out.splitlines()]
     assert (status, err) == (0, '') and answer['test_accuracy'] == preset.test_accuracy
+    assert answer['test_accuracy_mirrored'] == preset.test_accuracy_mirrored
     predictions = load_predictions([preset], tested)[preset.timestamp]
     for k, accuracy in enumerate(answer['accuracy_by_class'].values()):
         assert accuracy == (predictions[1] == k)[predictions[0] == k].mean()

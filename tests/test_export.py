@@ -81,11 +81,11 @@ def run_eval(*flags):
 
 @pytest.fixture(scope='module')
 def output_dir(tmp_path_factory):
-    """A trained ResNet-8, as if it were tested on 80 % of the test images."""
+    """A trained ResNet-8, as if it were right on 80 % of the test images, with the mirror image on 81 %."""
     folder = str(tmp_path_factory.mktemp('export') / 'with spaces 와 한글')
     shutil.copytree(RESNET8_DIR, folder)
     preset = load_preset(folder)
-    preset.update(dict(test_accuracy=0.8, finished=True))
+    preset.update(dict(test_accuracy=0.8, test_accuracy_mirrored=0.81, finished=True))
     preset.save(folder)
     return folder
 
@@ -95,11 +95,19 @@ def sample_and_answers(output_dir):
     """The sample's 100 test images, and their probabilities by NumPy."""
     records = np.frombuffer(sample.content('test_batch'), np.uint8).reshape(100, 3073)
     images = np.ascontiguousarray(records[:, 1:].reshape(100, 3, 32, 32).transpose(0, 2, 3, 1))
+    return images, one_view(images, output_dir)
+
+
+def one_view(images, output_dir):
+    """Probabilities of uint8 [N, 32, 32, 3] as they are, by NumPy."""
     reader = tf.train.NewCheckpointReader(best_checkpoint(load_preset(output_dir), output_dir))
     variables = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-    logits = numpy_resnet.logits(images / 127.5 - 1, variables, 1, 0.1)
-    odds = np.exp(logits - logits.max(1, keepdims=True))
-    return images, odds / odds.sum(1, keepdims=True)
+    return numpy_resnet.probabilities(images, variables, 1, 0.1)
+
+
+def both_views(images, output_dir):
+    """The mean of the probabilities of the images and of their mirror images, by NumPy."""
+    return (one_view(images, output_dir) + one_view(np.flip(images, 2), output_dir)) / 2
 
 
 @pytest.fixture(scope='module')
@@ -148,7 +156,7 @@ def test_the_card_says_what_it_is(exported):
     assert (card['run'], card['preset'], card['model']) == (RUN, 0, 'ResNet8')
     assert card['recipe']['num_epochs'] == 5 and card['recipe']['in words'] == (
         'preset 0 (first, num_epochs 5, evaluate_every 250)')
-    assert card['test_accuracy'] == 0.8
+    assert (card['test_accuracy'], card['test_accuracy_mirrored']) == (0.8, 0.81)
     n, z = 10000, 1.959964  # Wilson's interval: the roots of (p - 0.8) ** 2 * n = z ** 2 * p * (1 - p)
     roots = np.roots([n + z ** 2, -2 * n * 0.8 - z ** 2, n * 0.8 ** 2])
     assert card['interval_95'] == pytest.approx(sorted(roots), abs=1e-5)
@@ -361,9 +369,19 @@ def answer(visited):
 
 def test_the_page_s_network_is_the_network(visit, sample_and_answers):
     images, expected = sample_and_answers
-    given = [visit[0].evaluate('pixels => classify(pixels)', image.ravel().tolist()) for image in images[::10]]
+    given = [visit[0].evaluate('pixels => oneView(pixels)', image.ravel().tolist()) for image in images[::10]]
     np.testing.assert_allclose(given, expected[::10], atol=1e-4)
     assert visit[0].evaluate('place === weights.length')  # all of them were taken
+
+
+def test_the_page_looks_at_both_views(visit, output_dir, sample_and_answers):
+    images, expected = [values[::20] for values in sample_and_answers]
+    given = [visit[0].evaluate('pixels => classify(Uint8Array.from(pixels))', image.ravel().tolist())
+             for image in images]
+    np.testing.assert_allclose(given, both_views(images, output_dir), atol=1e-4)
+    assert np.abs(given - expected).max() > 0.05  # one view would not do
+    seen = visit[0].evaluate('pixels => Array.from(mirrored(pixels))', images[0].ravel().tolist())
+    assert np.array_equal(np.reshape(seen, (32, 32, 3)), np.flip(images[0], 1))
 
 
 def test_the_page_sees_and_answers_as_images_does(visit, output_dir, tmp_path):
@@ -372,7 +390,7 @@ def test_the_page_sees_and_answers_as_images_does(visit, output_dir, tmp_path):
     paths = pictures_in(tmp_path / 'pictures')
     status, out, err = run_script('resnet_eval.py', '--json', '--images', *paths, '--output_dir', output_dir)
     assert (status, err) == (0, '')
-    lines = [json.loads(line) for line in out.splitlines()]
+    lines, beyond_one_view = [json.loads(line) for line in out.splitlines()], []
     for path, line in zip(paths, lines):
         visited.evaluate('answer = null')
         visited.set_input_files('#file', path)
@@ -381,11 +399,14 @@ def test_the_page_sees_and_answers_as_images_does(visit, output_dir, tmp_path):
         expected = data_helpers.resize(data_helpers.read_image(path)).astype(int)
         assert np.abs(np.reshape(shown['pixels'], (32, 32, 3)) - expected).max() <= 1, path
         probabilities = list(line['probabilities'].values())
+        by_numpy, = both_views(expected[None], output_dir)
+        np.testing.assert_allclose(probabilities, by_numpy, atol=1e-4)
+        beyond_one_view.append(np.abs(probabilities - one_view(expected[None], output_dir)).max())
         np.testing.assert_allclose(shown['probabilities'], probabilities, atol=0.01)
         label = data_helpers.CLASSES[int(np.argmax(probabilities))]
         best = visited.locator('#bars .best').all_inner_texts()
         assert best[0] == label and best[-1] == f'{100 * max(shown["probabilities"]):.1f}%'
-    assert asked == [visited.url]
+    assert asked == [visited.url] and max(beyond_one_view) > 0.02  # twice the tolerance: one view would not do
 
 
 def test_the_page_shows_what_the_network_sees(visit, tmp_path):
@@ -398,6 +419,7 @@ def test_the_page_shows_what_the_network_sees(visit, tmp_path):
     assert np.array_equal(np.reshape(shown['pixels'], (32, 32, 3)), np.reshape(seen, (32, 32, 4))[..., :3])
     text = visited.inner_text('body')
     assert 'right on 80.00% of the test images (95 % interval 79.20% to 80.77%)' in text and 'from a.png' in text
+    assert 'to 80.77%), with the mirror image on 81.00%' in text
 
 
 DROP = """content => {

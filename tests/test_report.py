@@ -113,6 +113,25 @@ def test_the_best_comes_first_and_untested_runs_last():
     assert [run.timestamp for run in best_first(runs)] == [3, 2, 1]
 
 
+def test_the_accuracy_with_the_mirror_image_is_shown_and_decides_nothing(tmp_path):
+    runs = [a_run(0, k, accuracy, seed=k, test_accuracy_mirrored=mirrored)
+            for k, (accuracy, mirrored) in enumerate(((0.70, 0.9), (0.72, 0.8), (0.74, None)))]
+    without = [a_run(0, k, accuracy, seed=k) for k, accuracy in enumerate((0.70, 0.72, 0.74))]
+    ranked, rows = best_first(runs), presets_and_results.table(best_first(runs), {})
+    assert [run.timestamp for run in ranked] == [2, 1, 0]
+    assert [(row['test'], row['with mirror image']) for row in rows] == [
+        ('74.00%', ''), ('72.00%', '80.00%'), ('70.00%', '90.00%')]
+    assert [dict(row, **{'with mirror image': ''}) for row in rows] == presets_and_results.table(
+        best_first(without), {})
+    assert [seeds[:-1] for seeds in over_seeds(runs)] == [seeds[:-1] for seeds in over_seeds(without)]  # the run apart
+    sheets, others = [sheets_of(presets, {}, tmp_path) for presets in (runs, without)]
+    cells = {cell.value: cell.column for cell in sheets['runs'][2]}
+    column = [sheets['runs'].cell(row, cells['test_accuracy_mirrored']) for row in (3, 4, 5)]
+    assert [cell.value for cell in column] == [None, 0.8, 0.9] and column[1].number_format == '0.00%'
+    for name in ('2020 study', 'uncertainty', 'seeds', 'recipes', 'charts'):
+        assert list(sheets[name].values) == list(others[name].values)
+
+
 def test_predictions_that_are_not_the_record_s_are_left_out(tmp_path, capsys):
     labels, predictions = np.array([1, 2, 3, 4]), np.array([1, 2, 3, 9])
     run = a_run(0, 5, 0.75)
@@ -303,7 +322,8 @@ def test_the_workbook(reported):
     groups = {cell.value: header[cell.column - 1] for cell in runs[1] if cell.value}
     assert groups == {'setCustomParameters': 'preset', 'setModelParameters': 'lr',
                       'setTrainingParameters': 'batch_size', 'setMiscParameters': 'allow_soft_placement',
-                      'results': 'timestamp', 'setRecipeParameters': 'schedule', 'comparison': 'test_95_low'}
+                      'results': 'timestamp', 'setRecipeParameters': 'schedule',
+                      'results, with mirror image': 'test_accuracy_mirrored', 'comparison': 'test_95_low'}
     assert runs.freeze_panes == 'C3' and runs.max_row == 5
     best, tiny, other = [dict(zip(header, row)) for row in runs.iter_rows(min_row=3)]
     assert (best['remark'].value, best['#'].value) == ('best', 1) and best['preset'].font.bold

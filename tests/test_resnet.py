@@ -13,7 +13,7 @@ from data_helpers import InputError
 import numpy_resnet
 from presets_and_results import load_preset, make_preset
 import resnet
-from resnet import LossScale, ResNet, device_name, evaluate, make_session, tf
+from resnet import LossScale, ResNet, device_name, evaluate, evaluate_both_views, make_session, tf
 import sample
 
 RESNET8_DIR = os.path.join(sample.TESTS_DIR, 'resnet8')  # a run on the whole data set, test accuracy 0.7013
@@ -228,6 +228,41 @@ def test_evaluation_goes_on_where_the_memory_runs_out_in_the_middle(cifar10, mon
         loss, predictions = evaluate(net, small, images, labels)
     assert np.array_equal(predictions, expected[1]) and abs(loss - expected[0]) < 1e-5
     assert 16 in small.sizes and small.sizes[-1] <= 4
+
+
+def test_both_views_against_numpy(cifar10, monkeypatch):
+    monkeypatch.setattr(resnet, 'EVALUATION_BATCH', 7)
+    images, labels = data_helpers.load(cifar10, data_helpers.TEST_FILES)
+    with restored_resnet8() as (net, session, checkpoint):
+        predictions, probabilities = evaluate_both_views(net, session, images)
+        alone = evaluate_both_views(net, session, images[40:50], batch=1)
+    reader = tf.train.NewCheckpointReader(checkpoint)
+    variables = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    given, mirrored = [numpy_resnet.probabilities(view, variables, 1, net.preset.relu_leakiness)
+                       for view in (images, np.flip(images, 2))]
+    mean = (given + mirrored) / 2
+    assert np.array_equal(predictions, given.argmax(1)) and probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities, mean, atol=1e-5)
+    np.testing.assert_allclose(alone[1], mean[40:50], atol=1e-5)
+    assert np.array_equal(alone[0], predictions[40:50])
+    hits = [(view.argmax(1) == labels).sum() for view in (given, mirrored, mean)]
+    assert len(set(hits)) == 3  # or the sample could not tell them apart
+
+
+def test_both_views_where_the_memory_runs_out_between_them(cifar10, monkeypatch):
+    images, _ = data_helpers.load(cifar10, data_helpers.TEST_FILES)
+    with restored_resnet8() as (net, session, _):
+        expected = evaluate_both_views(net, session, images)
+        small = SmallMemory(session, 100)
+
+        def shrinking(*arguments, run=small.run):
+            small.most = 100 if not small.sizes else 30
+            return run(*arguments)
+        monkeypatch.setattr(small, 'run', shrinking)
+        predictions, probabilities = evaluate_both_views(net, small, images)
+    assert np.array_equal(predictions, expected[0])
+    np.testing.assert_allclose(probabilities, expected[1], atol=1e-6)
+    assert small.sizes[:2] == [100, 100] and sum(size for size in small.sizes if size <= 30) == 200
 
 
 @pytest.mark.parametrize('slope, options', [

@@ -114,6 +114,14 @@ def test_a_run_that_another_process_resumed_is_left_alone(cifar10, tmp_path):
     assert load_preset(str(tmp_path)).steps == 9
 
 
+def test_a_run_that_is_trained_further_is_no_longer_tested(cifar10, tmp_path):
+    preset = begun(tmp_path)
+    preset.update(dict(finished=True, test_accuracy=0.5, test_accuracy_mirrored=0.6))
+    preset.save(str(tmp_path))
+    run = resumed(tmp_path, max_steps=6)
+    assert (run.finished, run.test_accuracy, run.test_accuracy_mirrored) == (False, None, None)
+
+
 def test_a_test_of_a_run_that_was_trained_further_is_not_recorded(cifar10, tmp_path):
     preset = begun(tmp_path)
     images, labels = data_helpers.load(sample.SAMPLE_DIR, data_helpers.TEST_FILES)

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: in processes of their own, on the sample."""
 import glob
+import json
 import math
 import os
 import shutil
@@ -18,8 +19,8 @@ import resnet
 import resnet_train
 import sample
 from data_helpers import InputError
-from presets_and_results import (COLUMNS, check_output_dir, checkpoint_steps, load_preset, load_presets, make_preset,
-                                 start_run)
+from presets_and_results import (COLUMNS, check_output_dir, checkpoint_steps, load_predictions, load_preset,
+                                 load_presets, make_preset, start_run)
 from resnet import tf
 from resnet_train import learning_rate, train
 from sample import TINY, run_script
@@ -392,6 +393,53 @@ def test_a_run_with_more_variables_and_an_old_pickle_evaluates(trained, tmp_path
         pickle.dump(preset, file, protocol=3)
     status, out, err = run_script('resnet_eval.py', '--output_dir', output_dir)
     assert status == 0 and 'test accuracy' in out, err
+
+
+@pytest.fixture
+def resnet8(tmp_path):
+    """A copy of the ResNet-8, which was tested before there was an accuracy with the mirror image.
+
+    Its folder, and what NumPy makes of uint8 [N, 32, 32, 3]: the mean of the probabilities of both views.
+    """
+    output_dir = str(tmp_path / 'resnet8')
+    shutil.copytree(os.path.join(sample.TESTS_DIR, 'resnet8'), output_dir)
+    found = variables(output_dir, 3520)
+    return output_dir, lambda images: (numpy_resnet.probabilities(images, found, 1, 0.1)
+                                       + numpy_resnet.probabilities(np.flip(images, 2), found, 1, 0.1)) / 2
+
+
+def test_the_accuracy_with_the_mirror_image_is_a_figure_of_its_own(resnet8, cifar10):
+    output_dir, both_views = resnet8
+    images, labels = data_helpers.load(cifar10, data_helpers.TEST_FILES)
+    one_view = numpy_resnet.probabilities(images, variables(output_dir, 3520), 1, 0.1).argmax(1)
+    status, out, _ = run_script('resnet_eval.py', '--output_dir', output_dir, tensorflow=False)
+    assert status == 0 and 'Every run is tested' in out and load_preset(output_dir).test_accuracy_mirrored is None
+    status, out, err = run_script('resnet_eval.py', '--output_dir', output_dir, '--timestamp')
+    assert (status, err) == (0, '')
+    preset = load_preset(output_dir)
+    plain, mirrored = (one_view == labels).mean(), (both_views(images).argmax(1) == labels).mean()
+    assert (preset.test_accuracy, preset.test_accuracy_mirrored) == (plain, mirrored) and plain != mirrored
+    assert out.splitlines()[-2:] == [f'test accuracy {plain:.4f}', f'with mirror image {mirrored:.4f}']
+    saved = load_predictions([preset], output_dir)[preset.timestamp]
+    assert np.array_equal(saved, (labels, one_view))
+    with open(os.path.join(output_dir, 'INFOS', 'eval_overall.txt')) as file:
+        row = dict(zip(*[line.split('\t') for line in file.read().split('\n')[:2]]))
+    assert (float(row['test_accuracy']), float(row['test_accuracy_mirrored'])) == (plain, mirrored)
+
+
+def test_an_image_and_its_mirror_image_get_the_same_answer(resnet8, cifar10, tmp_path):
+    output_dir, both_views = resnet8
+    images = data_helpers.load(cifar10, data_helpers.TEST_FILES)[0][:3]
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(str(tmp_path / f'{k}.png'))
+        Image.fromarray(image).transpose(Image.FLIP_LEFT_RIGHT).save(str(tmp_path / f'{k} mirrored.png'))
+    status, out, err = run_script('resnet_eval.py', '--output_dir', output_dir, '--json', '--images', tmp_path / '*.png')
+    assert (status, err) == (0, '')
+    answers = {os.path.basename(answer['image']): list(answer['probabilities'].values())
+               for answer in map(json.loads, out.splitlines())}
+    for k, expected in enumerate(both_views(images)):
+        assert answers[f'{k}.png'] == answers[f'{k} mirrored.png']
+        np.testing.assert_allclose(answers[f'{k}.png'], expected, atol=1e-5)
 
 
 def classify(output_dir, *places):
