@@ -421,8 +421,8 @@ def contact_sheet(preset, labels, previews, pictures, probabilities, output_dir,
     """for_report/used_images.png: an image a cell, as given, as the network saw it, and its probabilities.
 
     `labels` are the images' names, printable; `previews` Pillow images, perhaps of the first ones only; `pictures`
-    uint8 [32, 32, 3]; `probabilities` float32 [images, classes], of the run `preset`, each the mean of those of an image
-    and of its mirror image.
+    uint8 [32, 32, 3]; `probabilities` float32 [images, classes], of the run `preset`, means over an image and its
+    mirror image.
     """
     shown = len(previews)
     across = min(ACROSS, -(-shown // 4))
