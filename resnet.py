@@ -712,7 +712,7 @@ def evaluate(net, session, images, labels, desc='testing'):
     return float(summed) / len(images), np.concatenate(predictions)
 
 
-def evaluate_both_views(net, session, images, batch=EVALUATION_BATCH, desc='testing'):
+def evaluate_both_views(net, session, images, batch=None, desc='testing'):
     """Puts uint8 [N, 32, 32, 3] through the inference form twice: as they are, and as their mirror images (left-right).
 
     Returns the predictions for the images as they are, int64 [N], and the mean of the probabilities of each image
@@ -724,7 +724,7 @@ def evaluate_both_views(net, session, images, batch=EVALUATION_BATCH, desc='test
         mirrored = session.run(net.probabilities, {net.X: x[:, :, ::-1]})
         return predictions, (probabilities + mirrored) / 2
 
-    predictions, probabilities = zip(*_in_batches(run, len(images), batch, desc))
+    predictions, probabilities = zip(*_in_batches(run, len(images), batch or EVALUATION_BATCH, desc))
     return np.concatenate(predictions), np.concatenate(probabilities)
 
 
