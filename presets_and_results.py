@@ -130,7 +130,7 @@ FIELDS = {
     'allow_soft_placement': Switch(True, 'operations without a GPU kernel run on the CPU'),
     'log_device_placement': Switch(False, 'list where each operation runs'),
     'timestamp': Number(None, int, 0, 10**12, 'start of the run in seconds since 1970, and its name'),
-    'training_time': Number(None, float, 0, 10**9, 'minutes'),
+    'training_time': Number(None, float, 0, 10**9, 'minutes at work, from loading TensorFlow to the last save'),
     'early_stopping_epoch': Number(None, int, 0, 10**12, 'step (not epoch) of the best validation accuracy'),
     'val_accuracy': Number(None, float, 0, 1, 'best validation accuracy, 0 to 1'),
     'test_accuracy': Number(None, float, 0, 1, 'test accuracy, 0 to 1'),

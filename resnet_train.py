@@ -308,6 +308,7 @@ def train(preset, data_dir, output_dir, resume=False, cluster=Cluster()):
                          'tower each: they must be as many')
     cluster.start()
     images, labels = data_helpers.load(data_dir, data_helpers.TRAIN_FILES)
+    began = time.monotonic()  # whatever fetching took
     training, validation = [(images[part], labels[part]) for part in data_helpers.split(len(labels), preset.seed)]
     del images
     _check_parts(preset, len(training[1]))
@@ -327,7 +328,7 @@ def train(preset, data_dir, output_dir, resume=False, cluster=Cluster()):
         net = resnet.ResNet(preset, devices=cluster.devices)
         made = resnet.make_session(preset, cluster.target)
         with made as session, _stop_request(preset, data_dir, output_dir) as stop:
-            run = Run(preset, net, session, data_dir, output_dir, len(training[0]), resume)
+            run = Run(preset, net, session, data_dir, output_dir, len(training[0]), resume, began)
             run.announce(len(training[0]), len(validation[0]))
             session.graph.finalize()  # from here on nothing may add to it, which would slow every step
             with run.progress:
@@ -357,10 +358,11 @@ class Run:
     """A training at work: its steps, its validations, and what it says of them.
 
     Steps are counted from 1; a checkpoint or validation of step s has seen s batches. What is on disk is
-    that of step `preset.steps` of the record, or can be brought back to it: the record is written last.
+    that of step `preset.steps` of the record, or can be brought back to it: the record is written last. Its minutes count
+    from `began`, by time.monotonic().
     """
 
-    def __init__(self, preset, net, session, data_dir, output_dir, n_training, resume):
+    def __init__(self, preset, net, session, data_dir, output_dir, n_training, resume, began):
         self.preset, self.net, self.session = preset, net, session
         self.data_dir, self.output_dir = data_dir, output_dir
         self.steps_per_epoch = data_helpers.steps_per_epoch(n_training, preset.batch_size)
@@ -369,7 +371,7 @@ class Run:
             raise InputError(f'run {preset.timestamp} cannot be resumed: by its record it is at its end, without a '
                              'result')
         self._begin_record(resume)
-        self.began = time.monotonic() - 60 * preset.training_time
+        self.began = began - 60 * preset.training_time
         self.first_step = preset.steps + 1
         self.trained_images = preset.steps * preset.batch_size if preset.images_per_second else 0
         self.training_seconds = self.trained_images / (preset.images_per_second or 1)
@@ -394,8 +396,8 @@ class Run:
             preset.update(dict(val_accuracy=None, early_stopping_epoch=None, steps=None, training_time=None,
                                images_per_second=None, git_commit=git_commit()))
         preset.update(dict(status='training', device=device_name(self.session), tensorflow_version=tf.__version__,
-                           python_version=platform.python_version(), test_accuracy=None,
-                           test_accuracy_mirrored=None, finished=False, steps=preset.steps or 0, training_time=preset.training_time or 0.0))
+                           python_version=platform.python_version(), test_accuracy=None, test_accuracy_mirrored=None,
+                           finished=False, steps=preset.steps or 0, training_time=preset.training_time or 0.0))
 
     def _initialize(self):
         from resnet import tf

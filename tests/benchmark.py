@@ -51,7 +51,8 @@ def ours(preset, images, labels):
     start_run(preset, output_dir)
     net = ResNet(preset)
     session = make_session(preset)
-    run = Run(preset, net, session, data_dir='', output_dir=output_dir, n_training=len(images), resume=False)
+    run = Run(preset, net, session, data_dir='', output_dir=output_dir, n_training=len(images), resume=False,
+              began=time.monotonic())
     session.graph.finalize()
     batches = run.batches(images, labels)
     fixed = next(batches)

@@ -2,6 +2,7 @@
 import os
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -94,6 +95,11 @@ def test_a_clock_that_steps_back_changes_nothing(cifar10, tmp_path, monkeypatch)
     monkeypatch.setattr(resnet_train.time, 'time', lambda: float(next(clock)))
     preset = begun(tmp_path, checkpoint_minutes=0, checkpoint_every=9)
     assert preset.status == 'complete' and 0 < preset.training_time < 10 and preset.images_per_second > 0
+
+
+def test_minutes_count_from_the_start(cifar10, tmp_path, monkeypatch):
+    monkeypatch.setattr(resnet_train, '_check_hardware', lambda *words: time.sleep(2))
+    assert begun(tmp_path).training_time > 2 / 60
 
 
 def test_elapsed_time_is_kept_over_a_resume(cifar10, tmp_path):
