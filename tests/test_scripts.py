@@ -106,7 +106,7 @@ def test_curves(tmp_path):
     ('paper110', {0: 0.1 / 353, 175: 0.1 * 176 / 353, 352: 0.1, 31999: 0.1, 48000: 0.001}),
     ('fast', {'warmup_epochs': 2, 'num_epochs': 10, 0: 0.4 / 705, 703: 0.4 * 704 / 705, 704: 0.4, 2112: 0.2,
               3519: 0.4 / 2816}),
-    ('best20', {'warmup_epochs': 0, 'num_epochs': 10, 0: 0.1, 880: 0.1 * (2 + math.sqrt(2)) / 4, 1760: 0.05,
+    ('best56', {'warmup_epochs': 0, 'num_epochs': 10, 0: 0.1, 880: 0.1 * (2 + math.sqrt(2)) / 4, 1760: 0.05,
                 3519: 0.1 * math.sin(math.pi / 7040) ** 2})])
 def test_schedules_by_hand(number, rates):
     preset = make_preset(number, **{name: value for name, value in rates.items() if isinstance(name, str)})
