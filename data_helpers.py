@@ -294,9 +294,11 @@ def exit_on_input_error(main):
         try:
             return main(*args)
         except InputError as error:
-            _exit(error)
+            _print_error(error)
+            sys.exit(2)
         except ImportError as error:
-            _exit(f'{error}; {INSTALL}')
+            _print_error(f'{error}; {INSTALL}')
+            sys.exit(2)
         except KeyboardInterrupt:
             print('\nInterrupted.', file=sys.stderr)
             sys.exit(130)
@@ -307,9 +309,8 @@ def exit_on_input_error(main):
     return wrapped
 
 
-def _exit(problem):
+def _print_error(problem):
     print(f'{os.path.basename(sys.argv[0])}: error: {printable(str(problem))}', file=sys.stderr)
-    sys.exit(2)
 
 
 def leave(problem=None):
@@ -317,15 +318,14 @@ def leave(problem=None):
 
     The status is 2 where there is a problem, a sentence, and 0 otherwise.
     """
-    try:
+    with contextlib.suppress(OSError):  # whoever read it may be gone
         if problem:
             if sys.stderr.isatty():
                 print(file=sys.stderr)  # below the progress bar
-            _exit(problem)
-    finally:
+            _print_error(problem)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2 if problem else 0)
+    os._exit(2 if problem else 0)
 
 
 def _keep_descriptors():

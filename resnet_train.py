@@ -6,6 +6,8 @@
     python resnet_train.py --preset fast standard --seeds 3 --ray    the same of two presets, side by side
     python resnet_train.py --resume                      the newest interrupted run
 
+Where TF_CONFIG describes a cluster, its tasks share one training, a tower each.
+
 Ctrl-C once ends a training cleanly: validated, saved and recorded. Twice breaks it off. Any stopped run can be
 resumed: on a CPU, with the same TensorFlow, to the same weights to the last bit.
 """
@@ -54,7 +56,7 @@ CODE = ('*.py', 'tensorboard_run', 'requirements.txt')  # what git is asked abou
 HPARAMS_METRICS = (('dev', 'best_accuracy'), ('dev', 'accuracy'), ('dev', 'loss'), ('train', 'loss'),
                    ('train', 'images_per_second'))
 START_PATIENCE = 600      # seconds, for the other processes of a cluster to start
-TF_CONFIG_EXAMPLE = ('{"cluster": {"chief": ["host:2222"], "worker": ["host:2222"]}, '
+TF_CONFIG_EXAMPLE = ('{"cluster": {"chief": ["a:2222"], "worker": ["b:2222"]}, '
                      '"task": {"type": "worker", "index": 0}}')
 WAYS_OUT = {              # of jobs that a cluster cannot have
     'ps': 'the chief has the variables: leave the parameter servers out',
@@ -169,6 +171,7 @@ class Cluster:
 
     def __init__(self, tasks=(), own=None):
         self.tasks, self.own, self.target = tasks, own, ''
+        self.sessions = {}  # on the others
         self.chief, self.others = (tasks[0], tasks[1:]) if tasks else (None, ())
 
     @property
@@ -182,20 +185,23 @@ class Cluster:
         return [task.device for task in self.tasks] or None
 
     def start(self):
-        """Starts the server of this process, once."""
-        if self.tasks and not self.target:
-            from resnet import start_server
-            jobs = collections.defaultdict(list)
-            for task in self.tasks:
-                jobs[task.job].append(task.address)
-            self.server = start_server(dict(jobs), self.own.job, self.own.index)  # it lives as long as its object
-            self.target = self.server.target
-            print(f'This is {self.own}. TensorFlow listens on its port of every interface, without authentication: '
-                  'a firewall or a closed network must keep others out.', flush=True)
+        """Starts the server of this process; the chief waits for the others.
+
+        Raises InputError where the server cannot listen, or one of the others does not come.
+        """
+        from resnet import start_server
+        jobs = collections.defaultdict(list)
+        for task in self.tasks:
+            jobs[task.job].append(task.address)
+        self.server = start_server(dict(jobs), self.own.job, self.own.index)  # it lives as long as its object
+        self.target = self.server.target
+        print(f'This is {self.own}. TensorFlow listens on its port of every interface, without authentication: '
+              'a firewall or a closed network must keep others out.', flush=True)
+        if not self.serves:
+            self.sessions = {task: self._reach(task) for task in self.others}
 
     def serve(self):
-        """Lends this process to the chief until that ends. Raises InputError where it does not come."""
-        self.start()
+        """Lends this process to the chief until that ends, and ends it. Raises InputError where there is no chief."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # it has nothing to save
         chief = self._reach(self.chief)
         print(f'At work for {self.chief}.', flush=True)
@@ -209,19 +215,18 @@ class Cluster:
         """Within the block, a process of the cluster that is lost ends this one with status 2.
 
         The error says which, and what saved() returns. No exception could do it: the step that waits for the lost
-        process may never return. Raises InputError where one does not come.
+        process may never return.
         """
-        sessions = {task: self._reach(task) for task in self.others}
         left, looking = threading.Event(), threading.Lock()
 
         def look():
             with looking:  # one thread reports
-                for task, session in sessions.items():
+                for task, session in self.sessions.items():
                     if not _answers(session):
                         data_helpers.leave(f'{task} does not answer any more, or was started again. {saved()}')
 
         def watch():
-            while sessions and not left.wait(LOOK_EVERY):
+            while self.sessions and not left.wait(LOOK_EVERY):
                 look()
 
         watching = threading.Thread(target=watch, daemon=True)
@@ -283,8 +288,8 @@ def read_cluster(text):
                              f'{WAYS_OUT.get(name, "there are only a chief and workers")}')
     tasks = [Task(name, k, address) for name in sorted(jobs) for k, address in enumerate(jobs[name])]
     for task in tasks:
-        host, _, port = str(task.address).rpartition(':')
-        if not re.match(r'[^\s/]+ [1-9][0-9]{0,4}\Z', f'{host} {port}') or int(port) > 65535:
+        address = str(task.address)
+        if not re.match(r'[^\s/]+:[1-9][0-9]{0,4}\Z', address) or int(address.rpartition(':')[2]) > 65535:
             raise InputError(f'TF_CONFIG names the address {task.address!r}; it must be host:port')
     if len({task.address for task in tasks}) < len(tasks) or len(jobs.get('chief', [])) > 1:
         raise InputError('TF_CONFIG must name one chief at most, and no address twice')
@@ -299,16 +304,15 @@ def read_cluster(text):
 def train(preset, data_dir, output_dir, resume=False, cluster=Cluster()):
     """Trains `preset` (a Preset), or resumes its run, and returns it with its results, which are then on disk.
 
-    CIFAR-10 is in data_dir or is fetched to it; INFOS/ and runs/ go to output_dir. Raises InputError on data or
-    folders that cannot be used, and where the loss is no longer finite.
+    CIFAR-10 is in data_dir or is fetched to it; INFOS/ and runs/ go to output_dir. A cluster with tasks has been
+    started. Raises InputError on data or folders that cannot be used, and where the loss is no longer finite.
     """
     check_output_dir(output_dir)
     if cluster.tasks and preset.towers != len(cluster.tasks):
         raise InputError(f'this training has towers {preset.towers}, and TF_CONFIG names {len(cluster.tasks)} tasks, a '
-                         'tower each: they must be as many')
-    cluster.start()
+                         'tower each: name as many tasks')
     images, labels = data_helpers.load(data_dir, data_helpers.TRAIN_FILES)
-    began = time.monotonic()  # whatever fetching took
+    began = time.monotonic()  # after the data, which may have to be fetched
     training, validation = [(images[part], labels[part]) for part in data_helpers.split(len(labels), preset.seed)]
     del images
     _check_parts(preset, len(training[1]))
@@ -358,8 +362,8 @@ class Run:
     """A training at work: its steps, its validations, and what it says of them.
 
     Steps are counted from 1; a checkpoint or validation of step s has seen s batches. What is on disk is
-    that of step `preset.steps` of the record, or can be brought back to it: the record is written last. Its minutes count
-    from `began`, by time.monotonic().
+    that of step `preset.steps` of the record, or can be brought back to it: the record is written last. Its minutes
+    count from `began`, by time.monotonic().
     """
 
     def __init__(self, preset, net, session, data_dir, output_dir, n_training, resume, began):
@@ -767,7 +771,8 @@ def _check_hardware(preset, resnet, cluster):
     """Raises InputError where the hardware lacks the devices, or would not gain by what the preset asks for."""
     gpus = resnet.count_gpus()
     if not cluster.tasks and preset.towers > gpus > 0:
-        raise InputError(f'{preset.towers} towers need as many GPUs, and TensorFlow sees {gpus}: lower --towers')
+        raise InputError(f'{preset.towers} towers need as many GPUs, and TensorFlow sees {gpus}: lower --towers, '
+                         'or resume the run where there are as many')
     if preset.mixed_precision is True and not resnet.half_precision():
         raise InputError('mixed_precision needs a GPU of compute capability 7 or more, or a processor with AVX512_BF16 '
                          "or AMX under today's TensorFlow; here it would only cost accuracy: give --mixed_precision "
@@ -881,8 +886,10 @@ def main(arguments=None):
     cluster = flags['cluster'] = read_cluster(os.environ.get('TF_CONFIG'))
     if cluster.tasks and flags['ray'] is not None:
         raise InputError('--ray spreads runs and TF_CONFIG one run over machines: leave --ray out, or unset TF_CONFIG')
-    if cluster.serves and not flags['show']:
-        cluster.serve()
+    if cluster.tasks and not flags['show']:
+        cluster.start()
+        if cluster.serves:
+            cluster.serve()
     if cluster.tasks and flags['resume'] is None:
         overrides.setdefault('towers', len(cluster.tasks))
     if flags['resume'] is not None:
@@ -906,7 +913,7 @@ def _parser(arguments):
     defaults = _preset_for_help(arguments)
     parser = ArgumentParser(description=__doc__, epilog='presets, by number or name:\n' + _list_of_presets())
     parser.add_argument('--preset', nargs='+', metavar='N',
-                        help='what to train, see below (default: 0); of several presets, each')
+                        help='what to train, see below (default: 0); of several presets what is missing, as of --seeds')
     parser.add_argument('--show', action='store_true', help='print the recipe, length and parameter count, and end')
     parser.add_argument('--resume', nargs='?', const=NEWEST, metavar='TIMESTAMP',
                         help='resume this run where its last save left it; alone: the newest interrupted one. A larger '
@@ -916,7 +923,7 @@ def _parser(arguments):
                              '2. Runs of this recipe that are on record are resumed or, if complete, left as they are')
     parser.add_argument('--ray', nargs='?', const=THIS_MACHINE, metavar='ADDRESS',
                         help='several runs at once, by the Ray cluster at this address; alone: on this machine. Each '
-                             'has a GPU or, where there is none, its share of the cores')
+                             'has a GPU a tower or, where there is none, its share of the cores')
     parser.add_argument('--task', nargs='?', const=BY_VARIABLE, metavar='K',
                         help='of the runs that --preset and --seeds name, only run K, from 0; again: resumes it. '
                              f'Alone: the one that ${" or $".join(TASK_VARIABLES)} tells')
@@ -988,8 +995,8 @@ def _task(presets, word):
 
 def _to_resume(flags, overrides):
     """The Preset that --resume means, changed as the flags say. Raises InputError where it cannot be resumed so."""
-    if flags['seeds'] or flags['init_from']:
-        raise InputError('--seeds and --init_from start runs, --resume resumes one: leave one of them out')
+    if flags['seeds'] or flags['init_from'] or len(flags['preset'] or []) > 1:
+        raise InputError('--seeds, --init_from and several presets start runs, --resume resumes one: leave them out')
     preset = _stopped_run(flags['output_dir'], flags['resume'])
     changes = {name: FIELDS[name].check(name, value) for name, value in overrides.items()}
     for number in flags['preset'] or []:
@@ -1103,7 +1110,7 @@ def _on_record(preset, runs):
 
 def _left_alone(run, label, failures):
     """Whether a run is on record (it may be None) and not to be resumed, which is said. A diverged one is a failure."""
-    if run is None or run.status == 'interrupted':
+    if run is None or run.status in ('interrupted', 'training'):  # whoever trains it may be about to lose it
         return False
     print(f'{label.capitalize()}: run {run.timestamp} is on record, {state(run)}; --preset {run.name} --seed '
           f'{run.seed} alone trains another')
@@ -1133,7 +1140,7 @@ def _freed(preset, output_dir):
         if run is None or run.status != 'training':
             return run
         if time.monotonic() - begin > LOCK_OUTLIVES:
-            raise InputError(f'run {run.timestamp} is in training by another process')
+            raise InputError(f'run {run.timestamp} is in training by another process; when that has ended, start again')
         if not said:
             said = True
             warn(f'run {run.timestamp} is in training by another process: waiting for {LOCK_OUTLIVES} seconds at most')
@@ -1175,7 +1182,8 @@ def _ray(address):
     os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
     options = dict(log_to_driver=False, logging_level=logging.ERROR)
     if address == THIS_MACHINE:  # on 2.7 for this machine alone; on today's, for who knows a password of this run
-        os.environ.update(RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_worker_niceness='0')
+        os.environ.update(RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.environ['RAY_worker_niceness'] = '0'  # as without Ray
         options.update(num_cpus=len(_own_cores()), include_dashboard=False, object_store_memory=10**8,  # bytes
                        _node_ip_address='127.0.0.1')
     else:
@@ -1186,7 +1194,7 @@ def _ray(address):
         raise InputError(f'--ray needs Ray, which is not installed here ({error}): pip install ray')
     try:
         ray.init(address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # OSError: also a temporary folder too deep for its sockets
         problem = ' '.join(str(error).split()) or 'it does not answer'
         raise InputError(f'there is no Ray cluster to work with at {address} ({problem})')
     try:
@@ -1220,10 +1228,13 @@ def _own_cores():
 def _share(nodes, runs, towers=1):
     """What each of so many runs gets, as Ray names it.
 
-    A GPU a tower, where there are any. Otherwise as many cores as let all runs work at once; one, where there are more runs
-    than cores: separate runs use cores better than the threads of one run do.
+    A GPU a tower, where there are any. Otherwise as many cores as let all runs work at once; one, where there are more
+    runs than cores: separate runs use cores better than the threads of one run do. Raises InputError where no node has
+    the GPUs.
     """
     if _gpus(nodes[0]):
+        if towers > max(map(_gpus, nodes)):
+            raise InputError(f'{towers} towers need as many GPUs on one node, and no node has them: lower --towers')
         return dict(num_gpus=towers, num_cpus=0)
     for cores in range(max(map(_cores, nodes)), 1, -1):
         if sum(_cores(node) // cores for node in nodes) >= runs:
@@ -1351,7 +1362,8 @@ def _follow(ray, tasks, presets, output_dir, failures):
         while tasks:
             ended, _ = ray.wait(list(tasks), timeout=1)
             for task in ended:
-                failures += _report(ray, task, tasks[task], presets[tasks.pop(task)], output_dir)
+                label = tasks.pop(task)
+                failures += _report(ray, task, label, presets[label], output_dir)
             if asked and not cancelled:
                 cancelled = True
                 Progress.row('Stopping: every run validates and saves. Ctrl-C again breaks them off.')

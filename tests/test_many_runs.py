@@ -234,7 +234,12 @@ def test_the_array_job_of_the_readme_has_a_task_for_each_run():
 def test_a_share_of_the_cores_or_a_gpu(cores, gpus, runs, share):
     nodes = [{'Resources': {'CPU': float(number), 'GPU': float(gpus)}} for number in cores]
     assert resnet_train._share(nodes, runs) == share
+    for node in nodes:
+        node['Resources']['GPU'] *= 3
     assert resnet_train._share(nodes, runs, towers=3).get('num_gpus', 0) == 3 * share.get('num_gpus', 0)
+    if gpus:
+        with pytest.raises(InputError, match='4 towers need as many GPUs on one node'):
+            resnet_train._share(nodes, runs, towers=4)
 
 
 def test_tasks_on_one_machine_get_cores_of_their_own():
