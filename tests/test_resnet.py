@@ -262,7 +262,8 @@ def test_both_views_where_the_memory_runs_out_between_them(cifar10, monkeypatch)
         predictions, probabilities = evaluate_both_views(net, small, images)
     assert np.array_equal(predictions, expected[0])
     np.testing.assert_allclose(probabilities, expected[1], atol=1e-6)
-    assert small.sizes[:2] == [100, 100] and sum(size for size in small.sizes if size <= 30) == 200
+    assert small.sizes[:2] == [100, 100]
+    assert sum(size for size in small.sizes if size <= 30) >= 200  # more where a small last part was done in vain
 
 
 @pytest.mark.parametrize('slope, options', [

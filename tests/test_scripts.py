@@ -257,7 +257,6 @@ def test_a_resumed_run_keeps_its_own_values(tmp_path):
     preset.save(str(tmp_path))
     for flags, message in ((['--lr', 0.1], 'was started with lr 0.05, and is resumed with it; leave out --lr'),
                            (['--preset', 4], 'was started with preset 3'),
-                           (['--seeds', 2], '--seeds and --init_from start runs'),
                            (['--lr', '5e-2', '--preset', 'study3'], 'cannot be resumed: ')):
         status, _, err = run_script('resnet_train.py', '--resume', *flags, '--output_dir', tmp_path,
                                     tensorflow='cannot be' in message)
@@ -512,7 +511,7 @@ def test_the_contact_sheet_shows_pictures_and_bars(trained, tmp_path):
     ('resnet_train.py', ['--seeds', '3', '--seed', '1'], '--seed and --seeds exclude each other'),
     ('resnet_train.py', ['--preset', ''], 'there is no preset ; choose one of'),
     ('resnet_train.py', ['--preset', 'fast', '--lr_decay', '0.5'], 'lr_decay has no part in the schedule one-cycle'),
-    ('resnet_train.py', ['--preset', '12', '--lr_milestones', '5'], 'lr_milestones has no part in the schedule cosine'),
+    ('resnet_train.py', ['--preset', '13', '--lr_milestones', '5'], 'lr_milestones has no part in the schedule cosine'),
     ('resnet_train.py', ['--preset', 'standard', '--num_epochs', '5'], 'warmup_epochs 5 must be less than num_epochs 5'),
     ('resnet_train.py', ['--seeds', '0'], '--seeds must be a whole number from 1'),
     ('resnet_train.py', ['--seeds', '1', 'x'], "seed must be a whole number from 0 to 4294967295, not 'x'"),

@@ -53,7 +53,7 @@ def runs(trained, tmp_path_factory):
 @contextlib.contextmanager
 def running(*flags, **options):
     """tensorboard_run at work: its process and address."""
-    board = run_script('tensorboard_run', *flags, popen=True, tensorflow=False, **options)
+    board = run_script('tensorboard_run', '--port', 0, *flags, popen=True, tensorflow=False, **options)
     try:
         line = board.stdout.readline()
         found = re.match(r'TensorBoard shows [0-9]+ runs? at (http://\S+)/ ', line)
@@ -95,6 +95,13 @@ def record_sizes(content):
         length, = struct.unpack_from('<Q', content, sum(sizes))
         sizes.append(8 + 4 + length + 4)
     return sizes
+
+
+def script_as_module():
+    loader = importlib.machinery.SourceFileLoader('tensorboard_run', SCRIPT)
+    script = importlib.util.module_from_spec(importlib.util.spec_from_loader('tensorboard_run', loader))
+    loader.exec_module(script)
+    return script
 
 
 def free_port():
@@ -168,6 +175,15 @@ def test_a_taken_port(runs):
         status, out, err = run_script('tensorboard_run', '--output_dir', runs[0], '--port', port)
     assert status == 2 and out == '' and len(err.splitlines()) == 1
     assert f'port {port} is taken' in err and '--port' in err
+
+
+def test_by_default_the_first_free_port(monkeypatch):
+    script, free = script_as_module(), free_port()
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen(1)
+        monkeypatch.setattr(script, 'PORTS', [taken.getsockname()[1], free])
+        assert script.choose_port(None) == free
 
 
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
@@ -275,9 +291,7 @@ def test_without_the_right_to_make_links(runs, tmp_path):
 
 
 def test_copies_follow_what_they_are_copies_of(tmp_path, monkeypatch):
-    loader = importlib.machinery.SourceFileLoader('tensorboard_run', SCRIPT)
-    script = importlib.util.module_from_spec(importlib.util.spec_from_loader('tensorboard_run', loader))
-    loader.exec_module(script)
+    script = script_as_module()
 
     def refuse(*places, **options):
         raise OSError('a required privilege is not held by the client')
