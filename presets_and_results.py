@@ -194,7 +194,7 @@ PRESETS = {
     3: dict(num_residual_units=3, lr_decay=0.96),
     4: dict(num_residual_units=9, lr_decay=0.96),
     5: dict(num_residual_units=9, lr_decay=0.90),
-    6: dict(MODERN, num_epochs=6, low_resolution_epochs=4.5, evaluate_every=528, checkpoint_every=528),
+    6: dict(MODERN, num_epochs=8, low_resolution_epochs=6.5),
     7: dict(MODERN, num_epochs=30, warmup_epochs=5, label_smoothing=0.1),
     8: dict(PAPER, num_residual_units=3),
     9: dict(PAPER, num_residual_units=5),

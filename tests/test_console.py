@@ -231,7 +231,7 @@ def test_more_epochs_lift_the_preset_s_own_end():
 
 
 def test_a_schedule_that_ends_at_0_is_not_extended(tmp_path):
-    run = make_preset('fast', timestamp=7, status='complete', steps=2112)
+    run = make_preset('fast', timestamp=7, status='complete', steps=2816)
     run.save(str(tmp_path))
     status, _, err = run_script('resnet_train.py', '--resume', 7, '--num_epochs', 9, '--output_dir', tmp_path,
                                 tensorflow=False)
@@ -307,7 +307,7 @@ def test_shortened_is_by_the_preset_s_own_length():
 def test_differences_tell_recipes_apart():
     tuned = make_preset('fast', init_from=7)
     assert differences(tuned) == 'init_from 7' and recipe(tuned) != recipe(make_preset('fast'))
-    assert recipe(make_preset('fast', seed=1, max_steps=2112)) == recipe(make_preset('fast'))
+    assert recipe(make_preset('fast', seed=1, max_steps=2816)) == recipe(make_preset('fast'))
     assert vars(make_preset('fast', schedule='linear')) == vars(make_preset('fast'))
     assert differences(make_preset('fast', seed=3, mixed_precision=True)) == ''
     assert differences(make_preset('standard', muon_lr=0, label_smoothing=0)) == 'muon_lr 0, label_smoothing 0'
@@ -439,13 +439,13 @@ def test_a_missing_package_is_a_line():
 
 def test_show_says_that_a_schedule_is_cut_short():
     _, out, _ = run_script('resnet_train.py', '--preset', 'fast', '--max_steps', 20, '--show')
-    assert '20 steps, 0.057 epochs; cut short: the learning rate falls over 2,112 steps' in out
+    assert '20 steps, 0.057 epochs; cut short: the learning rate falls over 2,816 steps' in out
 
 
 def test_show_prints_the_recipe_and_ends(tmp_path):
     status, out, err = run_script('resnet_train.py', '--preset', 'fast', '--nesterov', '--show', '--output_dir', tmp_path)
     assert (status, err) == (0, '') and os.listdir(str(tmp_path)) == []
-    for part in ('Preset 6 (fast): ResNet20 (n = 3), 269,722 parameters', '2,112 steps', 'linearly to 0', 'nesterov'):
+    for part in ('Preset 6 (fast): ResNet20 (n = 3), 269,722 parameters', '2,816 steps', 'linearly to 0', 'nesterov'):
         assert part in out
 
 

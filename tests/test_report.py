@@ -533,20 +533,20 @@ def test_lines_are_told_apart_in_grey():
 def test_seeds_are_one_line_with_its_band():
     runs = [a_run(6, 1, 0.86), a_run(6, 2, 0.88, seed=1), a_run(6, 3, 0.9, muon_lr=0), a_run(11, 4, val_accuracy=0.6),
             a_run(6, 5, seed=3, status='interrupted')]
-    curves = {1: ([500, 1000, 2112], [0.5, 0.75, 0.25]), 2: ([500, 1000, 2112], [0.25, 0.5, 0.875]),
-              3: ([500, 1000, 2112], [0.5, 0.6, 0.7]), 4: ([700, 50000], [0.5, 0.6]), 5: ([500], [0.4])}
+    curves = {1: ([500, 1000, 2816], [0.5, 0.75, 0.25]), 2: ([500, 1000, 2816], [0.25, 0.5, 0.875]),
+              3: ([500, 1000, 2816], [0.5, 0.6, 0.7]), 4: ([700, 50000], [0.5, 0.6]), 5: ([500], [0.4])}
     figure = pictures.runs_figure(best_first(runs), curves)
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines}
     assert list(lines) == ['fast, muon_lr 0: 90.0%', 'fast, 2 seeds: 87.0%', 'paper110: not tested',
                            'fast, interrupted: not tested']
     line = lines['fast, 2 seeds: 87.0%']
-    assert list(line.get_xdata()) == [500, 1000, 2112]
+    assert list(line.get_xdata()) == [500, 1000, 2816]
     assert list(line.get_ydata()) == [0.375, 0.625, 0.8125]  # best so far: 0.5, 0.75, 0.75 and 0.25, 0.5, 0.875
     (band,) = axes.collections
     edges = {tuple(point) for point in band.get_paths()[0].vertices}
-    assert {(500, 0.25), (500, 0.5), (1000, 0.5), (1000, 0.75), (2112, 0.75), (2112, 0.875)} <= edges
-    assert axes.get_xscale() == 'log'  # 50,000 steps beside 2,112
+    assert {(500, 0.25), (500, 0.5), (1000, 0.5), (1000, 0.75), (2816, 0.75), (2816, 0.875)} <= edges
+    assert axes.get_xscale() == 'log'  # 50,000 steps beside 2,816
     short = pictures.runs_figure(runs[:3], curves)
     assert short.axes[0].get_xscale() == 'linear'
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
@@ -728,7 +728,7 @@ def test_many_runs_and_records_without_results(tmp_path, capsys):
 def test_one_run_alone(tmp_path, capsys):
     run = a_run('fast', 5, 0.87)
     run.save(str(tmp_path))
-    write_curve(str(tmp_path), run, {528: 0.7, 1056: 0.77, 1584: 0.82, 2112: 0.88})
+    write_curve(str(tmp_path), run, {704: 0.7, 1408: 0.77, 2112: 0.82, 2816: 0.88})
     report(str(tmp_path))
     out, err = capsys.readouterr()
     assert out.count('written') == 5 and 'not drawn  confusion_matrix.png' in out and err == ''
@@ -743,7 +743,7 @@ def test_texts_of_another_program(tmp_path):
     run.save(str(tmp_path))
     run.model = '모델'
     run.save(str(tmp_path))
-    write_curve(str(tmp_path), run, {528: 0.7, 10**12: 0.77})
+    write_curve(str(tmp_path), run, {704: 0.7, 10**12: 0.77})
     status, out, err = run_script('for_report', '--output_dir', str(tmp_path), tensorflow=False)
     assert status == 0 and out.count('written') + out.count('unchanged') == 6, out
     assert err == ''
