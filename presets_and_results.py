@@ -211,7 +211,7 @@ NAMES = {  # of presets, and what they are for
     3: ('study3', 'the 2020 study: fewer layers'),
     4: ('study4', 'the 2020 study: more layers; its best'),
     5: ('study5', 'the 2020 study: more layers, faster decay'),
-    6: ('fast', "above the 2020 study's best in three seeds of three, in minutes"),
+    6: ('fast', "above the 2020 study's best, in minutes"),
     7: ('standard', "about the accuracy of the ResNet paper's ResNet-20, in a sixth of its steps"),
     8: ('paper20', 'the recipe of He et al. 2015: 64,000 steps'),
     9: ('paper32', 'the same, deeper'),
