@@ -235,7 +235,7 @@ def test_a_schedule_that_ends_at_0_is_not_extended(tmp_path):
     run.save(str(tmp_path))
     status, _, err = run_script('resnet_train.py', '--resume', 7, '--num_epochs', 9, '--output_dir', tmp_path,
                                 tensorflow=False)
-    assert status == 2 and 'its learning rate falls to 0 at the end of its 6 epochs' in err and '--init_from 7' in err
+    assert status == 2 and 'its learning rate falls to 0 at the end of its 8 epochs' in err and '--init_from 7' in err
 
 
 def test_training_from_the_weights_of_another_run(trained, tmp_path):
