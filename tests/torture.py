@@ -66,11 +66,11 @@ def kills(n, draw, folder):
             break
         resume = ('--resume',) if known else flags
         process = sample.run_script('resnet_train.py', *resume, '--output_dir', output_dir, popen=True)
-        if known and draw.random() < 0.8:  # otherwise mostly while it starts
+        if known and draw.random() < 0.8 or done == n - 1:  # otherwise mostly while it starts; the last at work
             for line in iter(process.stdout.readline, ''):
                 if line.startswith('validation'):
                     break
-            left = steps - known[0].steps
+            left = steps - (known[0].steps if known else 0)
             time.sleep(draw.uniform(0, seconds * left / steps / (n - done + 1)))
         else:
             time.sleep(draw.uniform(0, STARTING))
