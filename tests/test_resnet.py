@@ -263,7 +263,8 @@ def test_both_views_where_the_memory_runs_out_between_them(cifar10, monkeypatch)
     assert np.array_equal(predictions, expected[0])
     np.testing.assert_allclose(probabilities, expected[1], atol=1e-6)
     assert small.sizes[:2] == [100, 100]
-    assert sum(size for size in small.sizes if size <= 30) >= 200  # more where a small last part was done in vain
+    # 7 images are left over in the parts of 31, which are too large: they may be done in vain, with their mirror images.
+    assert sum(size for size in small.sizes if size <= 30) in (200, 214)
 
 
 @pytest.mark.parametrize('slope, options', [
