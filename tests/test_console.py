@@ -164,8 +164,8 @@ def test_signals(signals, ignored, ends, tmp_path):
 # ------------------------------------------------------------------------------ several seeds, longer runs
 
 def test_the_same_command_finishes_what_seeds_began(tmp_path):
-    flags = (*TINY, '--max_steps', 100, '--evaluate_every', 20, '--num_epochs', 1000, '--seeds', 1, 2, 1,
-             '--output_dir', tmp_path)
+    flags = (*TINY, '--batch_size', 20, '--max_steps', 100, '--evaluate_every', 20, '--num_epochs', 1000,
+             '--seeds', 1, 2, 1, '--output_dir', tmp_path)
     process = run_script('resnet_train.py', *flags, popen=True)
     for line in iter(process.stdout.readline, ''):
         if line.startswith('validation'):

@@ -46,20 +46,33 @@ def project(tmp_path_factory):
     return str(folder)
 
 
-def start(project, *flags):
-    """Starts a training by the scripts in `project`."""
+def start(project, *flags, **variables):
+    """Starts a training by the scripts in `project`, with these environment variables."""
     words = [sys.executable, os.path.join(project, 'resnet_train.py')] + [str(flag) for flag in flags]
     return subprocess.Popen(words + ['--data_dir', SAMPLE_DIR], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            universal_newlines=True)
+                            universal_newlines=True, env=dict(os.environ, **variables))
 
 
 @contextlib.contextmanager
-def on_cores(number):
-    """What is started within the block runs on so many cores, for the same bits."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(cores)[:number])
+def on_one_core(number=0):
+    """What is started within the block runs on one core, as each run by Ray does here: for the same bits."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, [cores[number % len(cores)]])
     yield
     os.sched_setaffinity(0, cores)
+
+
+FOUR_SEEDS = ('--preset', 0, *SHORT, '--max_steps', 100, '--seeds', 4, '--output_dir')
+
+
+@pytest.fixture(scope='module')
+def one_after_the_other(project, tmp_path_factory):
+    """The output folder of four undisturbed runs, each on one core."""
+    output_dir = tmp_path_factory.mktemp('one_after_the_other')
+    with on_one_core():
+        _, err = start(project, *FOUR_SEEDS, output_dir).communicate()
+    assert err == ''
+    return output_dir
 
 
 def wait_for(condition, process):
@@ -144,27 +157,24 @@ def test_tasks_count_seeds_within_presets():
     assert [(preset.preset, preset.seed) for preset in chosen] == [(0, 0), (0, 1), (0, 2), (6, 0), (6, 1), (6, 2)]
 
 
-def test_tasks_at_once_two_of_them_killed(tmp_path):
-    flags = ('--preset', 0, *SHORT, '--max_steps', 30, '--seeds', 4, '--output_dir')
-
+def test_tasks_at_once_two_of_them_killed(project, one_after_the_other, tmp_path):
     def begin(number):
         variable = resnet_train.TASK_VARIABLES[number % 2]
-        return run_script('resnet_train.py', *flags, tmp_path / 'tasks', '--task', popen=True,
-                          **{variable: str(number)})
+        with on_one_core(number):
+            return start(project, *FOUR_SEEDS, tmp_path, '--task', **{variable: str(number)})
 
     tasks = {number: begin(number) for number in range(4)}
     for victim in (1, 2):
-        wait_for(lambda: victim in at_work(tmp_path / 'tasks'), tasks[victim])
+        wait_for(lambda: victim in at_work(tmp_path), tasks[victim])
         tasks[victim].kill()
         tasks.pop(victim).communicate()
     tasks.update({number: begin(number) for number in (1, 2)})
     outcomes = {number: task.communicate() + (task.returncode,) for number, task in tasks.items()}
     assert all(status == 0 and err == '' for _, err, status in outcomes.values()), outcomes
     assert {number for number in outcomes if 'Resuming run' in outcomes[number][0]} == {1, 2}
-    assert run_script('resnet_train.py', *flags, tmp_path / 'alone')[0] == 0
-    check_same(tmp_path / 'tasks', tmp_path / 'alone')
+    check_same(tmp_path, one_after_the_other)
 
-    status, out, err = run_script('resnet_train.py', *flags, tmp_path / 'tasks', '--task', 3, tensorflow=False)
+    status, out, err = run_script('resnet_train.py', *FOUR_SEEDS, tmp_path, '--task', 3, tensorflow=False)
     assert status == 0 and err == '' and out.startswith('Seed 3: run ') and 'is on record, trained' in out
 
 
@@ -346,14 +356,13 @@ def test_ctrl_c_ends_all_and_the_same_command_goes_on(project, tmp_path):
         before = steps()
 
 
-def test_runs_on_two_nodes_one_of_them_killed(project, tmp_path):
+def test_runs_on_two_nodes_one_of_them_killed(project, one_after_the_other, tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, **STORE))
     try:
         victim = cluster.add_node(num_cpus=1, node_ip_address='127.0.0.2', **STORE)
         cluster.add_node(num_cpus=0, **STORE)  # it has the machine's own address, where the script looks for its node
-        flags = ('--preset', 0, *SHORT, '--max_steps', 100, '--seeds', 4, '--output_dir')
-        process = start(project, *flags, tmp_path / 'by_ray', '--ray', cluster.address)
-        wait_for(lambda: at_work(tmp_path / 'by_ray') & seeds_on(victim), process)
+        process = start(project, *FOUR_SEEDS, tmp_path, '--ray', cluster.address)
+        wait_for(lambda: at_work(tmp_path) & seeds_on(victim), process)
         cluster.remove_node(victim, allow_graceful=False)
         out, err = process.communicate(timeout=500)
         assert process.returncode == 0, err
@@ -361,9 +370,7 @@ def test_runs_on_two_nodes_one_of_them_killed(project, tmp_path):
         cluster.shutdown()
     assert '4 runs by Ray on 2 nodes, 1 core each' in out
     assert out.count('is complete: best') == 3 and out.count('is complete, resumed at step') == 1, out
-    with on_cores(1):
-        assert start(project, *flags, tmp_path / 'alone').wait() == 0
-    check_same(tmp_path / 'by_ray', tmp_path / 'alone')
+    check_same(tmp_path, one_after_the_other)
 
 
 def test_a_cluster_that_is_not_there(project, tmp_path):

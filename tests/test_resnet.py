@@ -476,13 +476,13 @@ def in_float16(monkeypatch, **options):
 
 @pytest.mark.parametrize('options', [{}, dict(muon_lr=0.03, nesterov=True)])
 def test_a_step_that_overflows_moves_nothing_but_the_scale(options, monkeypatch):
-    x, y = random_batch(4)
+    x, y = random_batch(2)
     with initialized(in_float16(monkeypatch, **options)) as (net, session):
         feed = {net.X: x, net.Y: y, net.learning_rate: 0.001}
         values = all_values(session)
         assert values['loss_scale/scale'] == 128
         history, good_steps = [], 0
-        for step in range(1, 40):
+        for step in range(1, 31):
             if step == 5:
                 scale = next(variable for variable in tf.global_variables() if variable.op.name == 'loss_scale/scale')
                 scale.load(2.0 ** 24, session)
@@ -501,7 +501,7 @@ def test_a_step_that_overflows_moves_nothing_but_the_scale(options, monkeypatch)
             assert values['loss_scale/scale'] == before['loss_scale/scale'] * factor
             assert values['loss_scale/good_steps'] == good_steps
             history.append(skipped)
-    assert history[:5] == [False] * 4 + [True] and 5 < sum(history) < 30 and not all(history[-4:])
+    assert history[:5] == [False] * 4 + [True] and 5 < sum(history) < 25 and not all(history[-4:])
 
 
 def test_what_is_not_finite_skips_the_step_and_is_a_divergence_at_a_scale_of_1(monkeypatch):
@@ -525,12 +525,12 @@ def test_what_is_not_finite_skips_the_step_and_is_a_divergence_at_a_scale_of_1(m
 
 
 def test_a_training_in_float16_goes_on_exactly_from_its_checkpoint(monkeypatch, tmp_path):
-    preset, (x, y) = in_float16(monkeypatch), random_batch(8)
+    preset, (x, y) = in_float16(monkeypatch), random_batch(3)
     monkeypatch.setattr(LossScale, 'FIRST', 2.0 ** 24)
 
     def train(net, session, steps):
         for step in steps:
-            session.run(net.train_step, {net.X: x[step % 8:], net.Y: y[step % 8:], net.learning_rate: 0.001})
+            session.run(net.train_step, {net.X: x[step % 3:], net.Y: y[step % 3:], net.learning_rate: 0.001})
 
     with initialized(preset) as (net, session):
         steps = 0

@@ -33,7 +33,7 @@ from data_helpers import InputError
 from presets_and_results import (COLUMNS, best_checkpoint, check_output_dir, checkpoint_steps, load_preset,
                                  load_presets, make_preset, read_preset, start_run)
 
-TRAINING = ('--preset', 0, '--batch_size', 30, '--num_epochs', 100000, '--evaluate_every', 20, '--checkpoint_every', 15,
+TRAINING = ('--preset', 0, '--batch_size', 10, '--num_epochs', 100000, '--evaluate_every', 20, '--checkpoint_every', 15,
             '--num_checkpoints', 2, '--checkpoint_minutes', 0.02, '--data_augmentation', 'true', '--muon_lr', 0.02)
 STARTING = 8    # seconds, about, until a training is at work
 WRITERS = 10  # processes
