@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -620,6 +621,10 @@ except ChildProcessError:
 
 def test_tensorflow_starts_without_a_word():
     assert start(LEFTOVERS) == (0, tf.__version__ + '\n', '')
+
+
+def test_the_garbage_collector_does_not_go_through_what_the_import_made():
+    assert gc.isenabled() and gc.get_freeze_count() > 100000
 
 
 def test_tensorflow_starts_without_stderr_and_temporary_folder():
