@@ -282,7 +282,7 @@ class Progress(tqdm):
 
 
 def exit_on_input_error(main):
-    """Decorates a script's main(): an InputError or a missing package becomes one line on stderr and exit status 2.
+    """Decorates a script's main(): an InputError, a missing package or permission becomes one line and exit status 2.
 
     Ctrl-C becomes status 130. A console that is missing, or breaks meanwhile, changes nothing.
     """
@@ -298,6 +298,9 @@ def exit_on_input_error(main):
             sys.exit(2)
         except ImportError as error:
             _print_error(f'{error}; {INSTALL}')
+            sys.exit(2)
+        except PermissionError as error:
+            _print_error(f'{error.strerror}: {error.filename}')
             sys.exit(2)
         except KeyboardInterrupt:
             print('\nInterrupted.', file=sys.stderr)
@@ -729,7 +732,7 @@ def _unpack_any(data_dir):
             if ARCHIVE_NAME.match(os.path.basename(path)) and os.path.isfile(path):
                 try:
                     return _unpack(path)
-                except InputError as error:
+                except (InputError, OSError) as error:
                     problems.append(str(error))
     if problems:
         raise InputError('; '.join(problems))
@@ -744,7 +747,7 @@ def _unpack(archive):
     print(f'Unpacking {archive} ...', flush=True)
     known = ARCHIVES.get(os.path.basename(archive))
     if known:
-        _verify(archive, _sha256_of(archive), known[1])
+        _verify(archive, sha256_of(archive), known[1])
     try:
         binary = _to_binary(_read_members(archive))
     except Exception as error:  # tarfile, zlib and Pillow raise many kinds on damaged files
@@ -824,7 +827,7 @@ def _tidy(data_dir):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _sha256_of(path):
+def sha256_of(path):
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         for block in iter(lambda: file.read(1 << 20), b''):
@@ -912,7 +915,7 @@ def _download_archive(archive, data_dir, slowest):
     part = _part(data_dir, archive)
     with Progress(total=total, desc='fetching', unit='bytes') as bar:
         SOURCES[archive](part, total, _Pace(bar, slowest))
-    digest = _sha256_of(part)
+    digest = sha256_of(part)
     if digest != expected:
         os.unlink(part)
         raise SourceError(f'what came has SHA-256 {digest}, expected {expected}')
@@ -1145,7 +1148,7 @@ def find_images(places):
 def _expand(pattern):
     """The paths that match a glob, sorted. The folder that it begins with is taken at its word, brackets and all."""
     folder = pattern
-    while folder and not os.path.isdir(folder):
+    while not os.path.isdir(folder) and folder != os.path.dirname(folder):  # a drive of Windows may not be there
         folder = os.path.dirname(folder)
     return sorted(glob.glob(glob.escape(folder) + pattern[len(folder):], recursive=True))
 

@@ -260,6 +260,11 @@ def _check_recipe(preset, overrides):
                          f'{LARGEST_DECAY}')
 
 
+def checked(name, value):
+    """The value of an attribute (text from a flag, or of its type) in its type. Raises InputError where it has none."""
+    return FIELDS[name].check(name, 'one-cycle' if (name, value) == LINEAR else value)
+
+
 # ------------------------------------------------------------------------------ the record of a run
 
 class Preset:
@@ -280,7 +285,7 @@ class Preset:
             if name not in FIELDS:
                 raise InputError(f'unknown preset attribute {name!r}')
             if value is not None or FIELDS[name].default is not None:
-                value = FIELDS[name].check(name, 'one-cycle' if (name, value) == LINEAR else value)
+                value = checked(name, value)
             setattr(self, name, value)
         if 'num_residual_units' in values:
             self.model = f'ResNet{self.depth}'
@@ -384,6 +389,7 @@ def read_preset(path):
         preset.update(values)
         if preset.timestamp is None:
             raise InputError('it has no timestamp')
+        preset.finished = preset.finished and preset.test_accuracy is not None  # another program's may say so without
         if re.match(r'[\w.+-]{1,40}\Z', values.get('model') or ''):  # it goes into titles and names of folders
             preset.model = values['model']
         return preset
@@ -607,7 +613,7 @@ def load_predictions(presets, output_dir):
     predictions = {}
     for preset in presets:
         path = os.path.join(preset.run_dir(output_dir), PREDICTIONS)
-        if preset.finished and preset.test_accuracy is not None and os.path.exists(path):
+        if preset.finished and os.path.exists(path):
             try:
                 predictions[preset.timestamp] = _read_predictions(path, preset)
             except (OSError, ValueError, OverflowError) as error:
@@ -681,7 +687,7 @@ def recipe(preset):
 
 def test_interval(preset, predictions):
     """The 95 % interval of a run's test accuracy, by as many images as it was tested on; None where it was not."""
-    if not preset.finished or preset.test_accuracy is None:
+    if not preset.finished:
         return None
     n = len(predictions[preset.timestamp][0]) if preset.timestamp in predictions else TEST_IMAGES
     return wilson(preset.test_accuracy * n, n)
@@ -697,7 +703,7 @@ def over_seeds(presets):
     """uncertainty.spread of the runs that were trained to their end and tested: a list of Seeds, a recipe each."""
     return spread([(recipe(preset), preset.seed, preset.test_accuracy, preset)
                    for preset in sorted(presets, key=lambda preset: preset.timestamp)
-                   if preset.finished and preset.status == 'complete' and preset.test_accuracy is not None])
+                   if preset.finished and preset.status == 'complete'])
 
 
 # ------------------------------------------------------------------------------ the table of runs

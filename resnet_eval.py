@@ -15,7 +15,6 @@ An export is for programs without this collection: SavedModel, TensorFlow Lite a
 says what they are and how to call them.
 """
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -33,6 +32,7 @@ import data_helpers
 from data_helpers import (CLASSES, PROJECT_DIR, SIDE, UNFINISHED, ArgumentParser, InputError, Progress,
                           exit_on_input_error, printable, shortened, survives, text_width,
                           write_atomically)
+from for_report.evidence import confusion_matrix
 from presets_and_results import (BEST, NEWEST, RECIPE, best_checkpoint, check_output_dir, checkpoint_steps, command,
                                  describe, load_predictions, load_preset, load_presets, locked, read_preset,
                                  save_predictions, test_interval)
@@ -88,8 +88,6 @@ def test(preset, checkpoint, images, labels, output_dir):
     from resnet import evaluate_both_views
     predictions, probabilities = restored(preset, checkpoint,
                                           lambda net, session: evaluate_both_views(net, session, images))
-    confusion = np.zeros((preset.num_classes, preset.num_classes), np.int64)
-    np.add.at(confusion, (labels, predictions), 1)
     tested = read_preset(preset.pickle_path(output_dir))
     if tested.early_stopping_epoch != preset.early_stopping_epoch:
         raise InputError(f'run {preset.timestamp} was trained further in the meantime; test it again')
@@ -102,7 +100,7 @@ def test(preset, checkpoint, images, labels, output_dir):
     except OSError as error:
         raise InputError(f'the result of run {preset.timestamp}, test accuracy {tested.test_accuracy:.4f}, cannot be '
                          f'written ({error})')
-    return tested, confusion
+    return tested, confusion_matrix(labels, predictions, preset.num_classes)
 
 
 def print_confusion(confusion):
@@ -227,7 +225,7 @@ def export(preset, checkpoint, folder, output_dir, formats=None, force=False):
     formats = formats or possible_formats()
     if not set(formats).issubset(possible_formats()):
         raise InputError(NO_ONNX)
-    folder = os.path.abspath(os.path.expanduser(folder))
+    folder = os.path.abspath(folder)
     unfinished = f'{folder}{UNFINISHED}{secrets.token_hex(4)}'
     try:
         _check_vacant(folder, force)
@@ -345,7 +343,7 @@ def _card(preset, checkpoint, labels, folder, output_dir):
     """What an export is and how to call it, of the formats in `folder`: a dictionary for JSON."""
     from resnet import tf
     files = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    digests = {os.path.relpath(path, folder).replace(os.sep, '/'): _sha256(path) for path in sorted(files)}
+    digests = {os.path.relpath(path, folder).replace(os.sep, '/'): data_helpers.sha256_of(path) for path in sorted(files)}
     interval = test_interval(preset, load_predictions([preset], output_dir))
     return {
         'run': preset.timestamp,
@@ -367,11 +365,6 @@ def _card(preset, checkpoint, labels, folder, output_dir):
         'sha256': digests}
 
 
-def _sha256(path):
-    with open(path, 'rb') as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
 # ------------------------------------------------------------------------------ command line
 
 @exit_on_input_error
@@ -383,18 +376,18 @@ def main(arguments=None):
     task = parser.add_mutually_exclusive_group()
     task.add_argument('--images', nargs='+', metavar='PLACE',
                       help='classify these files, folders and globs instead of testing')
-    task.add_argument('--export', metavar='FOLDER',
+    task.add_argument('--export', metavar='FOLDER', type=os.path.expanduser,
                       help="write the run's network into this new folder, for other programs, instead of testing")
     parser.add_argument('--format', choices=sorted(FORMATS),
                         help='export this alone (default: all, onnx where tf2onnx is installed)')
     parser.add_argument('--force', action='store_true', help='replace an export that is there')
     parser.add_argument('--json', action='store_true', help='print one JSON object a line, and nothing else')
     flags = parser.parse_args(arguments)
-    if not flags.export and (flags.format or flags.force):
+    if flags.export is None and (flags.format or flags.force):
         parser.error('--format and --force go with --export FOLDER')
     if flags.images:
         _classify(flags)
-    elif flags.export:
+    elif flags.export is not None:
         _export(flags)
     else:
         _test(flags)
@@ -443,10 +436,11 @@ def _test(flags):
         if testable:
             check_output_dir(flags.output_dir, READ_ONLY)
             images, labels = data_helpers.load(flags.data_dir, data_helpers.TEST_FILES)
-    for preset, checkpoint in testable:
+    for preset in testable:
         try:
             with locked(preset, flags.output_dir):
-                _test_one(preset, checkpoint, images, labels, flags)
+                preset = read_preset(preset.pickle_path(flags.output_dir))  # it may have been trained further meanwhile
+                _test_one(preset, best_checkpoint(preset, flags.output_dir), images, labels, flags)
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -454,7 +448,7 @@ def _test(flags):
 
 
 def _testable(flags):
-    """[(Preset, its best checkpoint)] of the runs that the flags name, and sentences about those without one."""
+    """The runs that the flags name and that have a checkpoint, and sentences about those without one."""
     testable, problems = [], []
     if flags.timestamp is None:
         presets = _untested(flags.output_dir)
@@ -462,7 +456,8 @@ def _testable(flags):
         presets = [load_preset(flags.output_dir, flags.timestamp)]
     for preset in presets:
         try:
-            testable.append((preset, best_checkpoint(preset, flags.output_dir)))
+            best_checkpoint(preset, flags.output_dir)
+            testable.append(preset)
         except InputError as error:
             problems.append(str(error))
     return testable, problems

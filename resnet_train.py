@@ -34,7 +34,7 @@ import data_helpers
 from data_helpers import (PROJECT_DIR, UNFINISHED, ArgumentParser, InputError, Progress, console_log,
                           event_records, exit_on_input_error, file_lock, survives, warn, write_atomically)
 from presets_and_results import (AUTO, CONSOLE_LOG, FIELDS, HYPERPARAMETERS, LOCK, MODEL, NAMES, NEWEST, RECIPE, RESUME,
-                                 TRAINING_IMAGES, Number, Switch, best_checkpoint, check_output_dir, command,
+                                 TRAINING_IMAGES, Number, Switch, best_checkpoint, check_output_dir, checked, command,
                                  load_preset, load_presets, locked, make_preset, read_preset, start_run, state)
 # TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
 
@@ -489,7 +489,8 @@ class Run:
                                     images_per_second=self._images_per_second()))
             self.preset.save(self.output_dir)
         self.saved = time.monotonic()
-        self.checkpoints.prune(path)
+        with self._writing():
+            self.checkpoints.prune(path)
 
     def unsaved_seconds(self):
         """What a kill would cost."""
@@ -735,26 +736,38 @@ def trim(output_dir, timestamp=None):
 def _trim_run(preset, output_dir, with_graph):
     from resnet import ResNet, make_session, reason, tf
     path = best_checkpoint(preset, output_dir)
-    light = os.path.join(os.path.dirname(path), 'trimmed')
+    folder = os.path.dirname(path)
+    light = os.path.join(folder, 'trimmed')
+
+    def light_files():  # the data before the index
+        return sorted(name for name in os.listdir(folder) if name.startswith('trimmed.'))
+
+    def take_place(name):
+        os.replace(os.path.join(folder, name), path + name[len('trimmed'):])
+
     with tf.Graph().as_default():
         ResNet(preset, training=False)
         tf.train.get_or_create_global_step()
         with make_session(preset) as session:
             checkpoints = Checkpoints(preset, session, output_dir)
             try:
+                if light_files() == ['trimmed.index']:  # a kill came between the two files
+                    take_place('trimmed.index')
                 checkpoints.saver.restore(session, path)
                 checkpoints.saver.save(session, light, write_meta_graph=False)
                 checkpoints.saver.restore(session, light)  # so that what takes the old one's place is whole
-                for name in os.listdir(os.path.dirname(light)):
-                    if name.startswith(os.path.basename(light) + '.'):
-                        whole = os.path.join(os.path.dirname(light), name)
-                        os.replace(whole, path + whole[len(light):])
+                for name in light_files():
+                    take_place(name)
             except Exception as error:  # a damaged file can raise anything
                 raise InputError(f'{path} is missing, damaged or cannot be written ({reason(error)})')
-    checkpoints.prune(path)
-    tf.train.update_checkpoint_state(os.path.dirname(path), os.path.basename(path))
-    writer, _ = open_events(os.path.join(preset.run_dir(output_dir), 'summaries', 'train'), sys.maxsize, with_graph)
-    writer.close()
+    try:
+        checkpoints.prune(path)
+        tf.train.update_checkpoint_state(folder, os.path.basename(path))
+        writer, _ = open_events(os.path.join(preset.run_dir(output_dir), 'summaries', 'train'), sys.maxsize, with_graph)
+        writer.close()
+    except (OSError, tf.errors.OpError) as error:
+        raise InputError(f'run {preset.timestamp} is trimmed but for its summaries, which cannot be written '
+                         f'({reason(error)}); trim it again')
 
 
 # ------------------------------------------------------------------------------ helpers of the loop
@@ -877,7 +890,7 @@ def main(arguments=None):
     flags = vars(_parser(arguments).parse_args(arguments))
     overrides = {name: flags[name] for name in HYPERPARAMETERS if flags[name] is not None}
     if flags['trim'] is not None:
-        if overrides or any(flags[name] for name in ('resume', 'seeds', 'preset', 'task', 'ray')):
+        if overrides or any(flags[name] for name in ('resume', 'seeds', 'preset', 'task', 'ray', 'show', 'init_from')):
             raise InputError('--trim trains nothing: leave out the other flags')
         trim(flags['output_dir'], None if flags['trim'] == ALL else flags['trim'])
         return
@@ -886,10 +899,9 @@ def main(arguments=None):
     cluster = flags['cluster'] = read_cluster(os.environ.get('TF_CONFIG'))
     if cluster.tasks and flags['ray'] is not None:
         raise InputError('--ray spreads runs and TF_CONFIG one run over machines: leave --ray out, or unset TF_CONFIG')
-    if cluster.tasks and not flags['show']:
+    if cluster.serves and not flags['show']:
         cluster.start()
-        if cluster.serves:
-            cluster.serve()
+        cluster.serve()
     if cluster.tasks and flags['resume'] is None:
         overrides.setdefault('towers', len(cluster.tasks))
     if flags['resume'] is not None:
@@ -899,7 +911,10 @@ def main(arguments=None):
     if flags['show']:
         for preset in presets:
             show(preset)
-    elif flags['ray'] is not None:
+        return
+    if cluster.tasks:
+        cluster.start()
+    if flags['ray'] is not None:
         _train_by_ray(presets, overrides, flags)
     elif flags['task'] is not None:
         _train_task(presets[0], flags)
@@ -998,7 +1013,7 @@ def _to_resume(flags, overrides):
     if flags['seeds'] or flags['init_from'] or len(flags['preset'] or []) > 1:
         raise InputError('--seeds, --init_from and several presets start runs, --resume resumes one: leave them out')
     preset = _stopped_run(flags['output_dir'], flags['resume'])
-    changes = {name: FIELDS[name].check(name, value) for name, value in overrides.items()}
+    changes = {name: checked(name, value) for name, value in overrides.items()}
     for number in flags['preset'] or []:
         changes['preset'] = make_preset(number).preset
     changes = {name: value for name, value in changes.items() if value not in (AUTO, getattr(preset, name))}

@@ -35,8 +35,6 @@ def report(output_dir):
     presets = load_presets(output_dir)
     if not presets:
         raise InputError(no_runs(output_dir))
-    for preset in presets:  # another program's record may say finished without a result
-        preset.finished = preset.finished and preset.test_accuracy is not None
     presets = best_first(presets)
     predictions = load_predictions(presets, output_dir)
     curves = read_curves(presets, output_dir)

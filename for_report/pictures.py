@@ -98,17 +98,19 @@ Line = collections.namedtuple('Line', 'runs steps accuracies')
 def lines_by_recipe(presets, curves):
     """The runs that have curves, a Line for each recipe, in the order of their first.
 
-    `steps` are common to its runs, `accuracies` float64 [runs, steps]. Unfinished runs, and runs that were validated
-    at other steps, have lines of their own.
+    `steps` are common to its runs, `accuracies` float64 [runs, steps]. Unfinished runs, runs that were validated
+    at other steps, and of each seed all but the first, have lines of their own.
     """
-    groups = collections.OrderedDict()
+    groups, firsts = collections.OrderedDict(), {}
+    presets = [preset for preset in presets if preset.timestamp in curves]
+    keys = {preset: (recipe(preset), unfinished(preset), tuple(curves[preset.timestamp][0])) for preset in presets}
+    for preset in sorted(presets, key=lambda preset: preset.timestamp):
+        firsts.setdefault((keys[preset], preset.seed), preset)
     for preset in presets:
-        if preset.timestamp in curves:
-            steps, accuracies = curves[preset.timestamp]
-            key = recipe(preset), unfinished(preset), tuple(steps)
-            groups.setdefault(key, []).append((preset, accuracies))
-    return [Line([preset for preset, _ in members], steps, np.array([accuracies for _, accuracies in members]))
-            for (_, _, steps), members in groups.items()]
+        again = firsts[keys[preset], preset.seed] is not preset
+        groups.setdefault((keys[preset], again and preset.timestamp), []).append(preset)
+    return [Line(runs, curves[runs[0].timestamp][0], np.array([curves[run.timestamp][1] for run in runs]))
+            for runs in groups.values()]
 
 
 def unfinished(preset):

@@ -386,6 +386,15 @@ def test_a_trimmed_run_keeps_what_it_is_worth(tested, tmp_path):
     status, _, err = run_script('resnet_train.py', '--resume', first.timestamp, '--max_steps', 9, '--output_dir', output_dir)
     assert status == 2 and 'cannot be resumed' in err and len(err.splitlines()) == 1
 
+    # A kill came between the two files of a checkpoint: the index that belongs to the new data is still aside.
+    index = first.checkpoint_path(output_dir, first.early_stopping_epoch) + '.index'
+    os.rename(index, os.path.join(os.path.dirname(index), 'trimmed.index'))
+    with open(index, 'wb') as file:
+        file.write(b'of the old data')
+    resnet_train.trim(output_dir, first.timestamp)
+    tf.train.NewCheckpointReader(index[:-len('.index')]).get_tensor('logit/DW')
+    assert not [name for name in os.listdir(os.path.dirname(index)) if name.startswith('trimmed')]
+
 
 def _read(run, output_dir, name):
     with open(os.path.join(run.run_dir(output_dir), name)) as file:

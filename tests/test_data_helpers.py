@@ -157,6 +157,8 @@ def test_a_guarded_console_is_one_for_everybody(capfd):
     (InputError('no such run\n\x1b[2J'), 2, 'script.py: error: no such run??[2J\n'),
     (ModuleNotFoundError("No module named 'scipy'"), 2,
      "script.py: error: No module named 'scipy'; install what is missing with: pip install -r requirements.txt\n"),
+    (PermissionError(errno.EACCES, 'Permission denied', '/root/x'), 2,
+     'script.py: error: Permission denied: /root/x\n'),
     (KeyboardInterrupt(), 130, '\nInterrupted.\n')])
 def test_what_ends_a_script_is_said_in_a_line(error, status, line, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['a/script.py'])
@@ -857,6 +859,16 @@ def test_a_truncated_archive_is_named(tmp_path, small_archives):
 def test_an_archive_with_a_wrong_digest_is_named(tmp_path, cifar10):
     lay_official_archive(tmp_path)
     with pytest.raises(InputError, match=data_helpers.ARCHIVES[data_helpers.OFFICIAL][1]):
+        data_helpers.load(str(tmp_path), data_helpers.TEST_FILES)
+
+
+def test_an_archive_that_cannot_be_read_is_named(tmp_path, cifar10, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, 'Permission denied', path)
+
+    monkeypatch.setattr(data_helpers, 'sha256_of', refused)
+    lay_official_archive(tmp_path)
+    with pytest.raises(InputError, match='Permission denied: .*' + data_helpers.OFFICIAL):
         data_helpers.load(str(tmp_path), data_helpers.TEST_FILES)
 
 
@@ -1868,6 +1880,11 @@ def test_a_folder_may_have_the_signs_of_a_glob_in_its_name(folder, tmp_path):
     assert data_helpers.find_images([str(tmp_path / folder / '*.jpg')]) == ([first], [])
     assert data_helpers.find_images([str(tmp_path / folder / '**' / '*.jpg')]) == ([first, second], [])
     assert data_helpers.find_images([str(tmp_path / folder / '[ab].*')]) == ([first], [])
+
+
+def test_a_glob_whose_beginning_is_not_there_finds_nothing(monkeypatch):
+    monkeypatch.setattr(os.path, 'isdir', lambda path: False)  # as a drive of Windows may not be
+    assert data_helpers.find_images(['/photos/cat.jpg']) == ([], ['/photos/cat.jpg is not there'])
 
 
 def test_globs_are_relative_or_begin_at_home(tmp_path, monkeypatch):

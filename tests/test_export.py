@@ -186,6 +186,13 @@ def test_more_classes_than_cifar_10_has_get_names():
     assert labels == list(data_helpers.CLASSES) + ['class 10', 'class 11']
 
 
+def test_the_home_folder_is_known(output_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert run_eval('--export=~/network', '--format', 'savedmodel', '--output_dir', output_dir) == 0
+    assert str(tmp_path / 'network' / 'saved_model') in capsys.readouterr().out
+    assert sorted(os.listdir(str(tmp_path / 'network'))) == ['labels.txt', 'model.json', 'saved_model']
+
+
 def test_json(output_dir, tmp_path, capsys):
     folder = str(tmp_path / 'network')
     status = run_eval('--export', folder, '--format', 'savedmodel', '--json', '--output_dir', output_dir)

@@ -11,7 +11,7 @@ import pytest
 
 from data_helpers import InputError, write_atomically
 from presets_and_results import (COLUMNS, FIELDS, HYPERPARAMETERS, NAMES, PRESETS, PROJECT_DIR, Preset, check_output_dir,
-                                 load_preset, load_presets, locked, make_preset, read_preset, start_run)
+                                 checked, load_preset, load_presets, locked, make_preset, read_preset, start_run)
 
 TABLE = {  # the study's
     1: ('ResNet32', 0.1, 1, 0.001, 0.1, 5),
@@ -25,6 +25,10 @@ OLD_COLUMNS = (
     'relu_leakiness num_residual_units num_classes batch_size num_epochs evaluate_every checkpoint_every '
     'num_checkpoints data_augmentation allow_soft_placement log_device_placement timestamp training_time '
     'early_stopping_epoch val_accuracy test_accuracy finished').split()
+
+
+def test_linear_is_another_name_of_one_cycle():
+    assert checked('schedule', 'linear') == 'one-cycle' == make_preset(0, schedule='linear').schedule
 
 
 @pytest.mark.parametrize('number', TABLE)
@@ -98,7 +102,8 @@ def old_pickle(tmp_path, name='1_1601857360', state=(), **attributes):
     """A pickle as the 2020 scripts left it: no newer attributes, NumPy scalars, protocol 3."""
     old = Preset.__new__(Preset)
     old.__dict__.update(preset=1, model='ResNet32', num_residual_units=5, timestamp='1601857360',
-                        val_accuracy=np.float32(0.5), early_stopping_epoch=np.int64(68600), finished=np.bool_(True))
+                        val_accuracy=np.float32(0.5), early_stopping_epoch=np.int64(68600), finished=np.bool_(True),
+                        test_accuracy=np.float64(0.25))
     vars(old).update(attributes)
     vars(old).update(state)
     path = tmp_path / 'INFOS' / 'pickles' / (name + '.pickle')
@@ -108,7 +113,8 @@ def old_pickle(tmp_path, name='1_1601857360', state=(), **attributes):
 
 def test_an_old_pickle_loads_with_numpy_scalars_and_defaults(tmp_path):
     preset = read_preset(str(old_pickle(tmp_path)))
-    assert (preset.timestamp, preset.val_accuracy, preset.early_stopping_epoch) == (1601857360, 0.5, 68600)
+    assert (preset.timestamp, preset.val_accuracy, preset.test_accuracy) == (1601857360, 0.5, 0.25)
+    assert preset.early_stopping_epoch == 68600
     assert preset.finished is True and preset.seed == 0 and preset.status is None
     assert type(preset.val_accuracy) is float and type(preset.early_stopping_epoch) is int
 

@@ -703,6 +703,14 @@ def test_errors_are_one_line_with_the_way_out(tmp_path):
     assert status == 2 and 'pip install -r requirements.txt' in err and len(err.splitlines()) == 1
 
 
+def test_a_line_has_each_seed_once():
+    runs = [a_run('fast', timestamp, seed=seed) for timestamp, seed in ((3, 1), (2, 0), (1, 1), (4, 2))]
+    curves = {run.timestamp: ([100, 200], [0.3, 0.1 * run.timestamp]) for run in runs}
+    lines = pictures.lines_by_recipe(runs, curves)
+    assert [[run.timestamp for run in line.runs] for line in lines] == [[3], [2, 1, 4]]
+    assert lines[1].accuracies.tolist() == [[0.3, 0.2], [0.3, 0.1], [0.3, 0.4]] and lines[1].steps == [100, 200]
+
+
 # ------------------------------------------------------------------------------ odd and bad input
 
 def test_many_runs_and_records_without_results(tmp_path, capsys):
@@ -713,6 +721,7 @@ def test_many_runs_and_records_without_results(tmp_path, capsys):
         run.save(str(tmp_path))
         write_curve(str(tmp_path), run, {100: random.rand(), 1000 * (k + 1): random.rand()})
     make_preset(0, timestamp=60, finished=True).save(str(tmp_path))
+    assert not load_presets(str(tmp_path))[-1].finished
     perfect = make_preset(0, timestamp=61, test_accuracy=1, finished=True, num_classes=12)
     perfect.save(str(tmp_path))
     save_predictions(perfect, str(tmp_path), np.arange(10), np.arange(10))

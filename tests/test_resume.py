@@ -137,6 +137,23 @@ def test_a_test_of_a_run_that_was_trained_further_is_not_recorded(cifar10, tmp_p
     assert not load_preset(str(tmp_path)).finished
 
 
+def test_a_run_that_is_trained_further_before_its_turn_is_tested_as_it_then_is(cifar10, tmp_path, monkeypatch):
+    preset = begun(tmp_path)
+    preset.update(dict(val_accuracy=0.0))  # so that the next validation is the best, and this checkpoint goes
+    preset.save(str(tmp_path))
+    load = data_helpers.load
+
+    def meanwhile(*places):
+        monkeypatch.setattr(data_helpers, 'load', load)
+        resumed(tmp_path, max_steps=8)
+        return load(*places)
+
+    monkeypatch.setattr(data_helpers, 'load', meanwhile)
+    resnet_eval.main(['--output_dir', str(tmp_path), '--data_dir', sample.SAMPLE_DIR])
+    tested = load_preset(str(tmp_path))
+    assert tested.finished and tested.steps == 8 and tested.early_stopping_epoch > 5
+
+
 def test_where_the_best_checkpoint_is_gone_the_latest_is_tested(cifar10, tmp_path, capsys):
     preset = begun(tmp_path, evaluate_every=1, num_checkpoints=9)
     run_dir = preset.run_dir(str(tmp_path))

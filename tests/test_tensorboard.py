@@ -311,6 +311,9 @@ def test_copies_follow_what_they_are_copies_of(tmp_path, monkeypatch):
         with open(os.path.join(folder, preset.title, 'dev', name), 'rb') as file:
             assert file.read() == whole[:size]
     assert script.show_runs(presets, output_dir, folder) == 2
+    os.rename(path, path + '-resumed')
+    script.show_runs(presets, output_dir, folder)
+    assert sorted(os.listdir(os.path.join(folder, preset.title, 'dev'))) == ['a', 'b-resumed']
 
     with pytest.raises(InputError, match='can be neither linked nor copied .* TMPDIR'):
         script.show_runs(presets, output_dir, os.path.join(folder, presets[0].title, 'dev', 'a'))  # no folder

@@ -235,6 +235,14 @@ def test_a_bad_tf_config_is_refused_before_tensorflow_starts(tmp_path):
     assert (status, out, err.count('\n')) == (2, '', 1) and err.startswith('resnet_train.py: error: TF_CONFIG must')
 
 
+def test_a_chief_refuses_a_wrong_flag_before_it_waits_for_workers(tmp_path):
+    config = described(dict(chief=['a:1'], worker=['b:1']), 'chief')
+    for flags, message in ((['--lr', 'abc'], 'lr must be a number'), (['--resume', 7], 'there are no runs in')):
+        status, _, err = sample.run_script('resnet_train.py', *flags, '--output_dir', tmp_path, tensorflow=False,
+                                           TF_CONFIG=config)
+        assert status == 2 and message in err and err.count('\n') == 1
+
+
 def test_ray_and_a_cluster_of_ours_exclude_each_other(tmp_path):
     config = described(dict(worker=['a:1', 'b:1']), index=1)
     status, _, err = sample.run_script('resnet_train.py', '--ray', '--output_dir', tmp_path, tensorflow=False,
