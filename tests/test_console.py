@@ -299,8 +299,8 @@ def test_states_and_remarks():
 
 def test_shortened_is_by_the_preset_s_own_length():
     assert not is_shortened(make_preset(0, max_steps=4224, steps=4224))
-    assert is_shortened(make_preset('standard', num_epochs=6, steps=2112))
-    assert not is_shortened(make_preset('standard', batch_size=64, steps=21120))
+    assert is_shortened(make_preset('standard', num_epochs=40, steps=14080))
+    assert not is_shortened(make_preset('standard', batch_size=64, steps=35200))
     assert not is_shortened(make_preset('paper20', steps=64000)) and is_shortened(make_preset('paper20', steps=63999))
 
 
