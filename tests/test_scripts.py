@@ -213,7 +213,7 @@ def test_rate_augmentation_and_statistics_reach_the_training(cifar10, monkeypatc
     np.testing.assert_allclose(plain[bn + 'moving_variance'], stem.var((0, 1, 2)), rtol=1e-3)
 
 
-def interrupted(number, output_dir):
+def ended_by(number, output_dir):
     """A training that this signal ended cleanly: its Preset."""
     process = run_script('resnet_train.py', '--preset', 0, '--batch_size', 20, '--num_epochs', 10000,
                          '--evaluate_every', 10, '--output_dir', output_dir, popen=True)
@@ -233,11 +233,11 @@ def interrupted(number, output_dir):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_cleanly(number, tmp_path):
-    interrupted(number, tmp_path)
+    ended_by(number, tmp_path)
 
 
 def test_ctrl_c_ends_cleanly_and_the_run_goes_on(tmp_path):
-    preset = interrupted(signal.SIGINT, tmp_path)
+    preset = ended_by(signal.SIGINT, tmp_path)
     process = run_script('resnet_train.py', '--resume', '--output_dir', tmp_path, popen=True)
     began = ''
     for line in iter(process.stdout.readline, ''):
