@@ -32,7 +32,6 @@ import data_helpers
 from data_helpers import (CLASSES, PROJECT_DIR, SIDE, UNFINISHED, ArgumentParser, InputError, Progress,
                           exit_on_input_error, printable, shortened, survives, text_width,
                           write_atomically)
-from for_report.evidence import confusion_matrix
 from presets_and_results import (BEST, NEWEST, RECIPE, best_checkpoint, check_output_dir, checkpoint_steps, command,
                                  describe, load_predictions, load_preset, load_presets, locked, read_preset,
                                  save_predictions, test_interval)
@@ -88,6 +87,8 @@ def test(preset, checkpoint, images, labels, output_dir):
     from resnet import evaluate_both_views
     predictions, probabilities = restored(preset, checkpoint,
                                           lambda net, session: evaluate_both_views(net, session, images))
+    confusion = np.zeros((preset.num_classes, preset.num_classes), np.int64)
+    np.add.at(confusion, (labels, predictions), 1)
     tested = read_preset(preset.pickle_path(output_dir))
     if tested.early_stopping_epoch != preset.early_stopping_epoch:
         raise InputError(f'run {preset.timestamp} was trained further in the meantime; test it again')
@@ -100,7 +101,7 @@ def test(preset, checkpoint, images, labels, output_dir):
     except OSError as error:
         raise InputError(f'the result of run {preset.timestamp}, test accuracy {tested.test_accuracy:.4f}, cannot be '
                          f'written ({error})')
-    return tested, confusion_matrix(labels, predictions, preset.num_classes)
+    return tested, confusion
 
 
 def print_confusion(confusion):
