@@ -293,14 +293,11 @@ def exit_on_input_error(main):
         sys.stdout, sys.stderr = map(_Console, consoles)
         try:
             return main(*args)
-        except InputError as error:
+        except (InputError, PermissionError) as error:
             _print_error(error)
             sys.exit(2)
         except ImportError as error:
             _print_error(f'{error}; {INSTALL}')
-            sys.exit(2)
-        except PermissionError as error:
-            _print_error(f'{error.strerror}: {error.filename}')
             sys.exit(2)
         except KeyboardInterrupt:
             print('\nInterrupted.', file=sys.stderr)
@@ -828,6 +825,7 @@ def _tidy(data_dir):
 
 
 def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         for block in iter(lambda: file.read(1 << 20), b''):

@@ -581,8 +581,8 @@ def checkpoint_steps(run_dir):
     return sorted(int(match.group(1)) for match in matches if match)
 
 
-def best_checkpoint(preset, output_dir):
-    """The path of a run's best checkpoint, or of its latest where the best is gone. Raises InputError without any."""
+def require_checkpoint(preset, output_dir):
+    """The checkpoint_steps of a run. Raises InputError, with the way out, where there are none."""
     steps = checkpoint_steps(preset.run_dir(output_dir))
     if not steps:
         folder = os.path.join(preset.run_dir(output_dir), 'checkpoints')
@@ -590,6 +590,12 @@ def best_checkpoint(preset, output_dir):
         if preset.status == 'interrupted':
             way_out = command('resnet_train.py', '--resume', preset.timestamp, output_dir=output_dir)
         raise InputError(f'run {preset.timestamp} has no checkpoint to test in {folder}; train it with: {way_out}')
+    return steps
+
+
+def best_checkpoint(preset, output_dir):
+    """The path of a run's best checkpoint, or of its latest where the best is gone. Raises InputError without any."""
+    steps = require_checkpoint(preset, output_dir)
     if preset.early_stopping_epoch not in steps:
         warn(f'the best checkpoint of run {preset.timestamp}, step {preset.early_stopping_epoch}, is not there; '
              f'taking the latest, step {steps[-1]}')

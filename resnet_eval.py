@@ -34,7 +34,7 @@ from data_helpers import (CLASSES, PROJECT_DIR, SIDE, UNFINISHED, ArgumentParser
                           write_atomically)
 from presets_and_results import (BEST, NEWEST, RECIPE, best_checkpoint, check_output_dir, checkpoint_steps, command,
                                  describe, load_predictions, load_preset, load_presets, locked, read_preset,
-                                 save_predictions, test_interval)
+                                 require_checkpoint, save_predictions, test_interval)
 # TensorFlow comes with `resnet`, matplotlib with `for_report.pictures`: imported where they are first needed.
 
 PREVIEW = 280  # pixels, of a person's image on the contact sheet
@@ -457,7 +457,7 @@ def _testable(flags):
         presets = [load_preset(flags.output_dir, flags.timestamp)]
     for preset in presets:
         try:
-            best_checkpoint(preset, flags.output_dir)
+            require_checkpoint(preset, flags.output_dir)
             testable.append(preset)
         except InputError as error:
             problems.append(str(error))

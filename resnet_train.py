@@ -14,6 +14,7 @@ resumed: on a CPU, with the same TensorFlow, to the same weights to the last bit
 import argparse
 import collections
 import contextlib
+import glob
 import json
 import logging
 import math
@@ -733,31 +734,29 @@ def trim(output_dir, timestamp=None):
         networks.add(network)
 
 
+def _files_of(checkpoint):
+    """The paths of a checkpoint's files, the data before the index."""
+    return sorted(glob.glob(glob.escape(checkpoint) + '.*'))
+
+
 def _trim_run(preset, output_dir, with_graph):
     from resnet import ResNet, make_session, reason, tf
     path = best_checkpoint(preset, output_dir)
     folder = os.path.dirname(path)
     light = os.path.join(folder, 'trimmed')
-
-    def light_files():  # the data before the index
-        return sorted(name for name in os.listdir(folder) if name.startswith('trimmed.'))
-
-    def take_place(name):
-        os.replace(os.path.join(folder, name), path + name[len('trimmed'):])
-
     with tf.Graph().as_default():
         ResNet(preset, training=False)
         tf.train.get_or_create_global_step()
         with make_session(preset) as session:
             checkpoints = Checkpoints(preset, session, output_dir)
             try:
-                if light_files() == ['trimmed.index']:  # a kill came between the two files
-                    take_place('trimmed.index')
+                if _files_of(light) == [light + '.index']:  # a kill came between the two files
+                    os.replace(light + '.index', path + '.index')
                 checkpoints.saver.restore(session, path)
                 checkpoints.saver.save(session, light, write_meta_graph=False)
                 checkpoints.saver.restore(session, light)  # so that what takes the old one's place is whole
-                for name in light_files():
-                    take_place(name)
+                for file in _files_of(light):
+                    os.replace(file, path + file[len(light):])
             except Exception as error:  # a damaged file can raise anything
                 raise InputError(f'{path} is missing, damaged or cannot be written ({reason(error)})')
     try:

@@ -157,8 +157,8 @@ def test_a_guarded_console_is_one_for_everybody(capfd):
     (InputError('no such run\n\x1b[2J'), 2, 'script.py: error: no such run??[2J\n'),
     (ModuleNotFoundError("No module named 'scipy'"), 2,
      "script.py: error: No module named 'scipy'; install what is missing with: pip install -r requirements.txt\n"),
-    (PermissionError(errno.EACCES, 'Permission denied', '/root/x'), 2,
-     'script.py: error: Permission denied: /root/x\n'),
+    (PermissionError(errno.EACCES, 'Permission denied', 'INFOS'), 2,
+     "script.py: error: [Errno 13] Permission denied: 'INFOS'\n"),
     (KeyboardInterrupt(), 130, '\nInterrupted.\n')])
 def test_what_ends_a_script_is_said_in_a_line(error, status, line, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['a/script.py'])

@@ -158,6 +158,7 @@ def test_where_the_best_checkpoint_is_gone_the_latest_is_tested(cifar10, tmp_pat
     preset = begun(tmp_path, evaluate_every=1, num_checkpoints=9)
     run_dir = preset.run_dir(str(tmp_path))
     preset.update(dict(early_stopping_epoch=1))
+    preset.save(str(tmp_path))
     folder = os.path.join(run_dir, 'checkpoints')
     for name in os.listdir(folder):
         if re.match(r'model-1\.', name):
@@ -165,6 +166,8 @@ def test_where_the_best_checkpoint_is_gone_the_latest_is_tested(cifar10, tmp_pat
     steps = checkpoint_steps(run_dir)
     assert best_checkpoint(preset, str(tmp_path)) == preset.checkpoint_path(str(tmp_path), 5) and steps[-1] == 5
     assert 'step 1, is not there; taking the latest, step 5' in capsys.readouterr().err
+    resnet_eval.main(['--output_dir', str(tmp_path), '--data_dir', sample.SAMPLE_DIR])
+    assert capsys.readouterr().err.count('taking the latest') == 1
 
 
 def test_a_diverged_run_resumes_from_its_good_checkpoint_at_a_lower_rate(cifar10, tmp_path):
