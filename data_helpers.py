@@ -46,7 +46,7 @@ except ImportError:  # Windows
 INSTALL = 'install what is missing with: pip install -r requirements.txt'
 try:
     import numpy as np
-    import scipy.special  # for the table of runs; what is missing is said here
+    import scipy  # for the table of runs; what is missing is said here
     from PIL import Image, ImageCms, ImageFile, PngImagePlugin, UnidentifiedImageError, features
     from tqdm import tqdm
 except ImportError as problem:

@@ -143,7 +143,8 @@ def _start_listener():
 def _import():
     """The module tensorflow.compat.v1, in graph mode."""
     try:
-        import tensorflow.compat.v1 as tf
+        with _keras_left_out():
+            import tensorflow.compat.v1 as tf
         tf.logging.set_verbosity(tf.logging.ERROR)
         tf.disable_v2_behavior()
         return tf
@@ -152,6 +153,21 @@ def _import():
         cause = error.__context__ if isinstance(error.__context__, ImportError) else error
         raise InputError(f'TensorFlow cannot be imported ({type(cause).__name__}: {reason(cause)}); versions that fit '
                          'together come with: pip install -r requirements.txt')
+
+
+@contextlib.contextmanager
+def _keras_left_out():
+    """Keeps TensorFlow 2 from importing Keras, and by it matplotlib, a quarter of its own import's time.
+
+    It does so last of all, and takes an ImportError for an answer. Whoever uses tf.keras later still imports it.
+    """
+    name = 'keras.src.optimizers'  # what TensorFlow asks for
+    sys.modules.setdefault(name, None)
+    try:
+        yield
+    finally:
+        if sys.modules[name] is None:
+            del sys.modules[name]
 
 
 def _kernels(tf):

@@ -1,13 +1,13 @@
 """What chance says of accuracies: intervals, paired tests, seeds.
 
-Imports nothing of ours, because the table of runs uses it too, and only the part of SciPy that starts fast.
+Imports nothing of ours, because the table of runs uses it too, and what is slow to import only where it is needed,
+because all scripts start with it.
 """
 import collections
 import itertools
 import statistics
 
 import numpy as np
-from scipy.special import bdtr, ndtri, stdtrit
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05  # two networks differ where chance alone would make them so more rarely
@@ -17,6 +17,7 @@ UPPER = (1 + CONFIDENCE) / 2  # an interval leaves as much out above as below
 
 def wilson(hits, n):
     """The 95 % score interval (low, high) of an accuracy, 0 to 1, of `hits` among n images (Wilson 1927)."""
+    from scipy.special import ndtri
     share = hits / n
     spread = float(ndtri(UPPER)) ** 2 / n
     middle = (share + spread / 2) / (1 + spread)
@@ -30,6 +31,7 @@ def mcnemar(only_first, only_second):
 
     Takes the numbers of images that only the first and only the second got right.
     """
+    from scipy.special import bdtr
     rarer, n = min(only_first, only_second), only_first + only_second
     return min(1.0, 2 * float(bdtr(rarer, n, 0.5)))
 
@@ -48,6 +50,7 @@ def difference_of_means(first, second):
 
     Takes two or more accuracies each, for example those of a recipe's seeds, which need not spread alike (Welch 1947).
     """
+    from scipy.special import stdtrit
     difference = float(np.mean(first) - np.mean(second))
     squares = [np.var(sample, ddof=1) / len(sample) for sample in (first, second)]
     total = sum(squares)

@@ -627,6 +627,18 @@ def test_the_garbage_collector_does_not_go_through_what_the_import_made():
     assert gc.isenabled() and gc.get_freeze_count() > 100000
 
 
+def test_keras_comes_only_where_it_is_asked_for(tmp_path):
+    code = ('import resnet, resnet_train, sys\n'
+            'from presets_and_results import make_preset\n'
+            'preset = make_preset(0, timestamp=1)\n'
+            f'resnet_train.Curves(preset, {str(tmp_path)!r}).open(resnet.tf.Graph())\n'
+            'print({"keras", "matplotlib"} & set(sys.modules))\n'
+            'import tensorflow\n'
+            'print(tensorflow.keras.layers.Dense.__name__)')
+    status, out, err = start(code)
+    assert (status, out) == (0, 'set()\nDense\n'), err
+
+
 def test_tensorflow_starts_without_stderr_and_temporary_folder():
     code = 'import sys, tempfile; tempfile.tempdir = "/nowhere"; assert sys.stderr is None' + LEFTOVERS
     assert start(code, preexec_fn=functools.partial(os.close, 2)) == (0, tf.__version__ + '\n', '')
