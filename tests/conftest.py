@@ -8,6 +8,10 @@ TESTS_DIR = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [TESTS_DIR, os.path.dirname(TESTS_DIR)]
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'long: takes half a minute or more; .ci/run runs it on one stack')
+
+
 @pytest.fixture
 def cifar10(monkeypatch):
     """The sample passes for CIFAR-10."""

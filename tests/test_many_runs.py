@@ -157,6 +157,7 @@ def test_tasks_count_seeds_within_presets():
     assert [(preset.preset, preset.seed) for preset in chosen] == [(0, 0), (0, 1), (0, 2), (6, 0), (6, 1), (6, 2)]
 
 
+@pytest.mark.long
 def test_tasks_at_once_two_of_them_killed(project, one_after_the_other, tmp_path):
     def begin(number):
         variable = resnet_train.TASK_VARIABLES[number % 2]
@@ -334,6 +335,7 @@ def test_a_failure_does_not_end_the_others(project, trained, tmp_path):
     assert all(run.device.endswith(f', {resnet_train.counted(cores, "core")}') for run in runs)
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_all_and_the_same_command_goes_on(project, tmp_path):
     seeds, before = list(range(min(2, len(os.sched_getaffinity(0))))), {}
 
@@ -356,6 +358,7 @@ def test_ctrl_c_ends_all_and_the_same_command_goes_on(project, tmp_path):
         before = steps()
 
 
+@pytest.mark.long
 def test_runs_on_two_nodes_one_of_them_killed(project, one_after_the_other, tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, **STORE))
     try:

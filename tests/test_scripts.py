@@ -148,6 +148,7 @@ def test_auto_records_what_the_hardware_gains_by(half, cifar10, tmp_path, monkey
         assert (resnet_train._on_record(again, runs) is not None) == found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['fast', 'standard', 'paper20', 'paper110', 'best20', 'best56'])  # paper32, 56: as these
 def test_the_first_steps_of_the_long_presets(name, cifar10, tmp_path):
     preset = train(make_preset(name, batch_size=20, max_steps=2), sample.SAMPLE_DIR, str(tmp_path))

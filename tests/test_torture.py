@@ -6,7 +6,8 @@ import pytest
 import torture
 
 
-@pytest.mark.parametrize('name, n', [('kills', 3), ('writers', 100), ('inputs', 300)])
+@pytest.mark.parametrize('name, n', [
+    pytest.param('kills', 3, marks=pytest.mark.long), ('writers', 100), ('inputs', 300)])
 def test_a_short_round(name, n, tmp_path):
     said = torture.ROUNDS[name][0](n, random.Random(1), str(tmp_path))
     assert said.startswith({'kills': '3 kills', 'writers': '10 writers, 100 runs', 'inputs': '300 inputs'}[name])

@@ -328,6 +328,7 @@ def test_a_chief_and_a_worker_end_where_two_towers_on_one_machine_do(on_one_mach
     assert_same(on_one_machine, str(tmp_path))
 
 
+@pytest.mark.long
 def test_whoever_is_killed_the_resumed_run_ends_as_the_undisturbed(on_one_machine, tmp_path):
     output_dir, draw = str(tmp_path), random.Random(0)
     for death, flags in ((signal.SIGKILL, STEPS), (signal.SIGINT, ('--resume',))):
