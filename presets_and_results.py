@@ -639,6 +639,13 @@ def _read_predictions(path, preset):
     return labels, predictions
 
 
+def confusion_matrix(labels, predictions, num_classes):
+    """int64 [num_classes, num_classes], a true class a row, of int64 [N] twice."""
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(confusion, (labels, predictions), 1)
+    return confusion
+
+
 # ------------------------------------------------------------------------------ what came out
 
 def best_first(presets):

@@ -33,8 +33,8 @@ from data_helpers import (CLASSES, PROJECT_DIR, SIDE, UNFINISHED, ArgumentParser
                           exit_on_input_error, printable, shortened, survives, text_width,
                           write_atomically)
 from presets_and_results import (BEST, NEWEST, RECIPE, best_checkpoint, check_output_dir, checkpoint_steps, command,
-                                 describe, load_predictions, load_preset, load_presets, locked, read_preset,
-                                 require_checkpoint, save_predictions, test_interval)
+                                 confusion_matrix, describe, load_predictions, load_preset, load_presets, locked,
+                                 read_preset, require_checkpoint, save_predictions, test_interval)
 # TensorFlow comes with `resnet`, matplotlib with `for_report.pictures`: imported where they are first needed.
 
 PREVIEW = 280  # pixels, of a person's image on the contact sheet
@@ -87,8 +87,6 @@ def test(preset, checkpoint, images, labels, output_dir):
     from resnet import evaluate_both_views
     predictions, probabilities = restored(preset, checkpoint,
                                           lambda net, session: evaluate_both_views(net, session, images))
-    confusion = np.zeros((preset.num_classes, preset.num_classes), np.int64)
-    np.add.at(confusion, (labels, predictions), 1)
     tested = read_preset(preset.pickle_path(output_dir))
     if tested.early_stopping_epoch != preset.early_stopping_epoch:
         raise InputError(f'run {preset.timestamp} was trained further in the meantime; test it again')
@@ -101,7 +99,7 @@ def test(preset, checkpoint, images, labels, output_dir):
     except OSError as error:
         raise InputError(f'the result of run {preset.timestamp}, test accuracy {tested.test_accuracy:.4f}, cannot be '
                          f'written ({error})')
-    return tested, confusion
+    return tested, confusion_matrix(labels, predictions, preset.num_classes)
 
 
 def print_confusion(confusion):

@@ -4,8 +4,6 @@ import glob
 import os
 import statistics
 
-import numpy as np
-
 from data_helpers import InputError, event_records, warn, write_atomically
 from presets_and_results import RECIPE, is_shortened, make_preset, test_interval
 
@@ -101,13 +99,6 @@ def study_gaps(numbers, presets):
 
 
 # ------------------------------------------------------------------------------ what lies in runs/
-
-def confusion_matrix(labels, predictions, num_classes):
-    """int64 [num_classes, num_classes], a true class a row, of int64 [N] twice."""
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (labels, predictions), 1)
-    return confusion
-
 
 def read_curves(presets, output_dir):
     """Validation accuracies over training steps: {timestamp: ([step], [accuracy, 0 to 1])} of the runs that have them.

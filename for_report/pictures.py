@@ -20,9 +20,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from data_helpers import CLASSES, shortened
-from presets_and_results import NAMES, differences, recipe
-from for_report.evidence import (OURS, STUDY, STUDY_2020, confusion_matrix, network_stages, study_gaps, study_points,
-                                 study_runs, study_series, write_report)
+from presets_and_results import NAMES, confusion_matrix, differences, recipe
+from for_report.evidence import (OURS, STUDY, STUDY_2020, network_stages, study_gaps, study_points, study_runs,
+                                 study_series, write_report)
 
 BLUE, ORANGE, GREEN, PURPLE = '#0072B2', '#E69F00', '#009E73', '#CC79A7'
 BLACK, SKY, VERMILLION = '#000000', '#56B4E9', '#D55E00'
