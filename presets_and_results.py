@@ -184,6 +184,7 @@ ORIGIN = ('init_from', 'rate_history')  # so does it on these, which have no fla
 
 MODERN = dict(num_residual_units=3, lr=0.4, muon_lr=0.02, schedule='one-cycle', nesterov=True, l2_reg_lambda=0.0005,
               relu_leakiness=0.0, evaluate_every=704, checkpoint_every=704, mixed_precision=AUTO)
+LONG = dict(MODERN, num_epochs=200, warmup_epochs=5, low_resolution_epochs=140, label_smoothing=0.1, random_erasing=0.25)
 PAPER = dict(lr_decay=0.1, lr_milestones='32000,48000', num_epochs=182, max_steps=64000, l2_reg_lambda=0.0001,
              relu_leakiness=0.0, evaluate_every=1000, checkpoint_every=1000)
 PRESETS = {
@@ -200,10 +201,8 @@ PRESETS = {
     9: dict(PAPER, num_residual_units=5),
     10: dict(PAPER, num_residual_units=9),
     11: dict(PAPER, num_residual_units=18, warmup_epochs=1),
-    12: dict(MODERN, num_epochs=200, warmup_epochs=5, low_resolution_epochs=140, label_smoothing=0.1,
-             random_erasing=0.25),
-    13: dict(num_residual_units=9, schedule='cosine', warmup_epochs=5, nesterov=True, l2_reg_lambda=0.0005,
-             relu_leakiness=0.0, mixup=1.0, evaluate_every=704, checkpoint_every=704, mixed_precision=AUTO),
+    12: LONG,
+    13: dict(LONG, num_residual_units=9, mixup=0.2),
 }
 NAMES = {  # of presets, and what they are for
     0: ('first', 'a first look: minutes on a CPU'),
@@ -219,7 +218,7 @@ NAMES = {  # of presets, and what they are for
     10: ('paper56', 'the same, deeper'),
     11: ('paper110', 'the same, deeper, after a warm-up'),
     12: ('best20', 'standard for 200 epochs, with random erasing'),
-    13: ('best56', '200 epochs, cosine, mixup'),
+    13: ('best56', 'the same, deeper, with mixup'),
 }
 
 

@@ -278,7 +278,7 @@ def test_the_length_can_be_lifted():
     (dict(number='paper110'), 'learning rate 0.1 after 1 epoch of warm-up, then x 0.1 at steps 32,000, 48,000'),
     (dict(number='fast'), 'learning rate 0.4, linearly to 0'),
     (dict(number='standard'), 'learning rate 0.4 after 5 epochs of warm-up, then linearly to 0'),
-    (dict(number='best56', warmup_epochs=0), 'learning rate 0.1, to 0 as a cosine')])
+    (dict(number='fast', schedule='cosine'), 'learning rate 0.4, to 0 as a cosine')])
 def test_the_recipe_in_words(overrides, words):
     assert words in describe_recipe(make_preset(**overrides))
 

@@ -106,8 +106,8 @@ def test_curves(tmp_path):
     ('paper110', {0: 0.1 / 353, 175: 0.1 * 176 / 353, 352: 0.1, 31999: 0.1, 48000: 0.001}),
     ('fast', {'warmup_epochs': 2, 'num_epochs': 10, 0: 0.4 / 705, 703: 0.4 * 704 / 705, 704: 0.4, 2112: 0.2,
               3519: 0.4 / 2816}),
-    ('best56', {'warmup_epochs': 0, 'num_epochs': 10, 0: 0.1, 880: 0.1 * (2 + math.sqrt(2)) / 4, 1760: 0.05,
-                3519: 0.1 * math.sin(math.pi / 7040) ** 2})])
+    ('fast', {'schedule': 'cosine', 'num_epochs': 10, 0: 0.4, 880: 0.4 * (2 + math.sqrt(2)) / 4, 1760: 0.2,
+              3519: 0.4 * math.sin(math.pi / 7040) ** 2})])
 def test_schedules_by_hand(number, rates):
     preset = make_preset(number, **{name: value for name, value in rates.items() if isinstance(name, str)})
     for step, rate in rates.items():
@@ -518,7 +518,7 @@ def test_the_contact_sheet_shows_pictures_and_bars(trained, tmp_path):
     ('resnet_train.py', ['--seeds', '3', '--seed', '1'], '--seed and --seeds exclude each other'),
     ('resnet_train.py', ['--preset', ''], 'there is no preset ; choose one of'),
     ('resnet_train.py', ['--preset', 'fast', '--lr_decay', '0.5'], 'lr_decay has no part in the schedule one-cycle'),
-    ('resnet_train.py', ['--preset', '13', '--lr_milestones', '5'], 'lr_milestones has no part in the schedule cosine'),
+    ('resnet_train.py', ['--preset', '13', '--lr_milestones', '5'], 'lr_milestones has no part in the schedule one-cycle'),
     ('resnet_train.py', ['--preset', 'standard', '--num_epochs', '5'], 'warmup_epochs 5 must be less than num_epochs 5'),
     ('resnet_train.py', ['--seeds', '0'], '--seeds must be a whole number from 1'),
     ('resnet_train.py', ['--trim', '--show'], '--trim trains nothing: leave out the other flags'),
