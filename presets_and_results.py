@@ -184,7 +184,8 @@ ORIGIN = ('init_from', 'rate_history')  # so does it on these, which have no fla
 
 MODERN = dict(num_residual_units=3, lr=0.4, muon_lr=0.02, schedule='one-cycle', nesterov=True, l2_reg_lambda=0.0005,
               relu_leakiness=0.0, evaluate_every=704, checkpoint_every=704, mixed_precision=AUTO)
-LONG = dict(MODERN, num_epochs=200, warmup_epochs=5, low_resolution_epochs=140, label_smoothing=0.1, random_erasing=0.25)
+LONG = dict(MODERN, num_epochs=200, warmup_epochs=5, low_resolution_epochs=140, label_smoothing=0.1,
+            random_erasing=0.25)
 PAPER = dict(lr_decay=0.1, lr_milestones='32000,48000', num_epochs=182, max_steps=64000, l2_reg_lambda=0.0001,
              relu_leakiness=0.0, evaluate_every=1000, checkpoint_every=1000)
 PRESETS = {

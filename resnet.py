@@ -157,9 +157,9 @@ def _import():
 
 @contextlib.contextmanager
 def _keras_left_out():
-    """Keeps TensorFlow 2 from importing Keras, and by it matplotlib, a quarter of its own import's time.
+    """Keeps TensorFlow 2's import from importing Keras, and by it matplotlib: a quarter of its time.
 
-    It does so last of all, and takes an ImportError for an answer. Whoever uses tf.keras later still imports it.
+    TensorFlow asks for it last of all, and does without where it gets an ImportError. Who uses tf.keras still gets it.
     """
     name = 'keras.src.optimizers'  # what TensorFlow asks for
     sys.modules.setdefault(name, None)

@@ -659,12 +659,12 @@ class Curves:
 
     def _describe_hparams(self):
         """The records by which TensorBoard's HParams tab lists, sorts and compares runs."""
-        from tensorboard.plugins.hparams import summary_v2 as hparams  # .api, which has the same, imports Keras
+        from tensorboard.plugins.hparams import summary_v2 as api  # its own .api has the same, and imports Keras
         names = ('preset', 'model', 'seed') + RECIPE + ('mixed_precision',)
         values = {name: getattr(self.preset, name) for name in names if getattr(self.preset, name) is not None}
-        metrics = [hparams.Metric(tag, group=group, display_name=f'{group} {tag}') for group, tag in HPARAMS_METRICS]
-        self._write_record(hparams.hparams_config_pb([hparams.HParam(name) for name in names], metrics))
-        self._write_record(hparams.hparams_pb(values, trial_id=self.preset.title, start_time_secs=self.preset.timestamp))
+        metrics = [api.Metric(tag, group=group, display_name=f'{group} {tag}') for group, tag in HPARAMS_METRICS]
+        self._write_record(api.hparams_config_pb([api.HParam(name) for name in names], metrics))
+        self._write_record(api.hparams_pb(values, trial_id=self.preset.title, start_time_secs=self.preset.timestamp))
 
     def _write_record(self, record):
         from resnet import tf

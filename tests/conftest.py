@@ -9,7 +9,7 @@ sys.path[:0] = [TESTS_DIR, os.path.dirname(TESTS_DIR)]
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'long: takes half a minute or more; .ci/run runs it on one stack')
+    config.addinivalue_line('markers', 'long: half a minute or more, with its variants; .ci/run runs it on one stack')
 
 
 @pytest.fixture
