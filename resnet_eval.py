@@ -342,7 +342,8 @@ def _card(preset, checkpoint, labels, folder, output_dir):
     """What an export is and how to call it, of the formats in `folder`: a dictionary for JSON."""
     from resnet import tf
     files = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    digests = {os.path.relpath(path, folder).replace(os.sep, '/'): data_helpers.sha256_of(path) for path in sorted(files)}
+    digests = {os.path.relpath(path, folder).replace(os.sep, '/'): data_helpers.sha256_of(path)
+               for path in sorted(files)}
     interval = test_interval(preset, load_predictions([preset], output_dir))
     return {
         'run': preset.timestamp,

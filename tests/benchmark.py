@@ -72,7 +72,7 @@ def ours(preset, images, labels, folder):
               began=time.monotonic())
     session.graph.finalize()
     variables = {variable.op.name: variable for variable in tf.global_variables()}
-    # By the statistics of an untouched network, 0 and 1, the logits of a deep one would explode, and losses tell nothing.
+    # By the statistics of an untouched network, 0 and 1, the logits of a deep one explode, and its loss tells nothing.
     net.refresh_statistics(session, [data_helpers.scale(images[:EVALUATED])])
     np.savez(os.path.join(folder, peers.WEIGHTS), **session.run(variables))
     kernels = [variable for name, variable in variables.items() if name.endswith('/DW')]
@@ -189,7 +189,7 @@ def start(folder, flags):
 
 
 def check_losses(programs, bits):
-    """How far a peer's loss is from ours at most, as a part of it. Raises InputError where that is another network's."""
+    """How far a peer's loss is from ours at most, as a part of it. Raises InputError where it is another network's."""
     expected, worst = programs[0].loss, 0.0
     for program in programs:
         if program.loss is not None:

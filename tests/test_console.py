@@ -311,7 +311,8 @@ def test_differences_tell_recipes_apart():
     assert vars(make_preset('fast', schedule='linear')) == vars(make_preset('fast'))
     assert differences(make_preset('fast', seed=3, mixed_precision=True)) == ''
     assert differences(make_preset('standard', muon_lr=0, label_smoothing=0)) == 'muon_lr 0, label_smoothing 0'
-    assert differences(make_preset(0, max_steps=4224)) == '' and differences(make_preset(0, max_steps=9)) == 'max_steps 9'
+    assert differences(make_preset(0, max_steps=4224)) == ''
+    assert differences(make_preset(0, max_steps=9)) == 'max_steps 9'
 
 
 def test_ways_to_name_a_run(tmp_path):
@@ -383,7 +384,8 @@ def test_a_trimmed_run_keeps_what_it_is_worth(tested, tmp_path):
     graphs = [any(event.graph_def for event in _events(run, output_dir)) for run in (first, second)]
     curves = [sum(bool(event.summary.value) for event in _events(run, output_dir, 'dev')) for run in (first, second)]
     assert graphs == [True, False] and curves == [3, 3]
-    status, _, err = run_script('resnet_train.py', '--resume', first.timestamp, '--max_steps', 9, '--output_dir', output_dir)
+    status, _, err = run_script('resnet_train.py', '--resume', first.timestamp, '--max_steps', 9,
+                                '--output_dir', output_dir)
     assert status == 2 and 'cannot be resumed' in err and len(err.splitlines()) == 1
 
     # A kill came between the two files of a checkpoint: the index that belongs to the new data is still aside.
@@ -452,7 +454,8 @@ def test_show_says_that_a_schedule_is_cut_short():
 
 
 def test_show_prints_the_recipe_and_ends(tmp_path):
-    status, out, err = run_script('resnet_train.py', '--preset', 'fast', '--nesterov', '--show', '--output_dir', tmp_path)
+    status, out, err = run_script('resnet_train.py', '--preset', 'fast', '--nesterov', '--show',
+                                  '--output_dir', tmp_path)
     assert (status, err) == (0, '') and os.listdir(str(tmp_path)) == []
     for part in ('Preset 6 (fast): ResNet20 (n = 3), 269,722 parameters', '2,816 steps', 'linearly to 0', 'nesterov'):
         assert part in out

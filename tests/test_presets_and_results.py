@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from data_helpers import InputError, write_atomically
-from presets_and_results import (COLUMNS, FIELDS, HYPERPARAMETERS, NAMES, PRESETS, PROJECT_DIR, Preset, check_output_dir,
-                                 checked, load_preset, load_presets, locked, make_preset, read_preset, start_run)
+from presets_and_results import (COLUMNS, FIELDS, HYPERPARAMETERS, NAMES, PRESETS, PROJECT_DIR, Preset,
+                                 check_output_dir, checked, load_preset, load_presets, locked, make_preset, read_preset,
+                                 start_run)
 
 TABLE = {  # the study's
     1: ('ResNet32', 0.1, 1, 0.001, 0.1, 5),
@@ -132,9 +133,11 @@ class Touch:
     ({'val_accuracy': np.zeros(3)}, r'numpy\.\w*core\.multiarray\._reconstruct'),
     ({'device': ['a']}, 'device is of type list'),
     ({'surprise': 1}, 'surprise'), ({7: 1}, 'keys that are neither text nor bytes'), ({'self': 1}, 'self'),
-    ({'batch_size': 10 ** 5000}, 'LONG4'), ({'batch_size': 1 << 99}, 'batch_size is too large a number'), ({'a\x1b[2J': []}, r'a\?\[2J is of type list'),
+    ({'batch_size': 10 ** 5000}, 'LONG4'), ({'batch_size': 1 << 99}, 'batch_size is too large a number'),
+    ({'a\x1b[2J': []}, r'a\?\[2J is of type list'),
     ({'timestamp': '../../etc'}, 'timestamp'), ({'lr': 'abc'}, 'lr'),
-    ({'seed': None}, 'seed must be a whole number .* not None'), ({'val_accuracy': np.complex64(1)}, 'val_accuracy'), ({'device': Preset()}, 'device')])
+    ({'seed': None}, 'seed must be a whole number .* not None'), ({'val_accuracy': np.complex64(1)}, 'val_accuracy'),
+    ({'device': Preset()}, 'device')])
 def test_anything_but_plain_values_is_refused_by_name(state, message, tmp_path, capsys):
     old_pickle(tmp_path, name='1_7', timestamp=7)
     bad = old_pickle(tmp_path, state=state)
@@ -256,7 +259,8 @@ def test_a_killed_training_counts_as_interrupted_and_one_at_work_does_not(tmp_pa
     start_run(preset, str(tmp_path))
     preset.save(str(tmp_path))
     assert load_preset(str(tmp_path)).status == 'interrupted'
-    code = (f'import sys, time; sys.path.insert(0, {PROJECT_DIR!r}); from presets_and_results import load_preset, locked; '
+    code = (f'import sys, time; sys.path.insert(0, {PROJECT_DIR!r})\n'
+            'from presets_and_results import load_preset, locked\n'
             f'preset = load_preset({str(tmp_path)!r})\n'
             f'with locked(preset, {str(tmp_path)!r}): print("held", flush=True); time.sleep(60)')
     process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
@@ -306,15 +310,16 @@ def test_leavings_are_tidied_and_nothing_else(tmp_path):
         folder.mkdir()
     (locked_only / '.lock').write_bytes(b'')
     (full / 'thesis.docx').write_bytes(b'mine')
-    torn = [tmp_path / 'INFOS' / 'pickles' / name for name in ('0_5.pickle.unfinished-1a2b', '1_6.pickle.unfinished-ff')]
-    kept = [tmp_path / 'INFOS' / 'pickles' / name for name in ('0_5.pickle', '0_5.pickle.zip', 'notes.txt')]
+    pickles = tmp_path / 'INFOS' / 'pickles'
+    torn = [pickles / name for name in ('0_5.pickle.unfinished-1a2b', '1_6.pickle.unfinished-ff')]
+    kept = [pickles / name for name in ('0_5.pickle', '0_5.pickle.zip', 'notes.txt')]
     for path in torn + kept:
         path.write_bytes(b'x')
     for path in [empty, locked_only, locked_only / '.lock', full] + torn + kept:
         os.utime(str(path), (old, old))
     check_output_dir(str(tmp_path))
     assert sorted(os.listdir(str(tmp_path / 'runs'))) == ['3', '4'] and (full / 'thesis.docx').exists()
-    assert sorted(os.listdir(str(tmp_path / 'INFOS' / 'pickles'))) == sorted(path.name for path in kept)
+    assert sorted(os.listdir(str(pickles))) == sorted(path.name for path in kept)
 
 
 def test_a_log_without_a_header_keeps_its_first_line(tmp_path):

@@ -264,7 +264,7 @@ def test_both_views_where_the_memory_runs_out_between_them(cifar10, monkeypatch)
     assert np.array_equal(predictions, expected[0])
     np.testing.assert_allclose(probabilities, expected[1], atol=1e-6)
     assert small.sizes[:2] == [100, 100]
-    # 7 images are left over in the parts of 31, which are too large: they may be done in vain, with their mirror images.
+    # 7 images are left over in the parts of 31, which are too large: they may be done in vain, with their mirrors.
     assert sum(size for size in small.sizes if size <= 30) in (200, 214)
 
 
