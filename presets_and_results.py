@@ -517,7 +517,9 @@ def _tidy(output_dir):
     """Removes what killed processes left an hour ago or more: half-written records, and run folders without a run."""
     pickles, runs = os.path.join(output_dir, 'INFOS', 'pickles'), os.path.join(output_dir, 'runs')
     records = [os.path.join(pickles, name) for name in os.listdir(pickles) if f'.pickle{UNFINISHED}' in name]
-    folders = [os.path.join(runs, name) for name in os.listdir(runs) if name.isdigit()]
+    recorded = {name.rpartition('_')[2] for name in os.listdir(pickles)}
+    folders = [os.path.join(runs, name) for name in os.listdir(runs)
+               if name.isdigit() and f'{name}.pickle' not in recorded]
     for path in records + folders:
         with contextlib.suppress(OSError):
             if time.time() - os.lstat(path).st_mtime < ABANDONED:
@@ -586,21 +588,25 @@ def require_checkpoint(preset, output_dir):
     steps = checkpoint_steps(preset.run_dir(output_dir))
     if not steps:
         folder = os.path.join(preset.run_dir(output_dir), 'checkpoints')
-        way_out = command('resnet_train.py', '--preset', preset.preset, output_dir=output_dir)
+        words = ['--preset', preset.preset]
         if preset.status == 'interrupted':
-            way_out = command('resnet_train.py', '--resume', preset.timestamp, output_dir=output_dir)
-        raise InputError(f'run {preset.timestamp} has no checkpoint to test in {folder}; train it with: {way_out}')
+            words = ['--resume', preset.timestamp]
+        way_out = f'train it with: {command("resnet_train.py", *words, output_dir=output_dir)}'
+        if preset.status == 'training':
+            way_out = 'it is in training: test it later'
+        raise InputError(f'run {preset.timestamp} has no checkpoint to test in {folder}; {way_out}')
     return steps
 
 
 def best_checkpoint(preset, output_dir):
     """The path of a run's best checkpoint, or of its latest where the best is gone. Raises InputError without any."""
-    steps = require_checkpoint(preset, output_dir)
-    if preset.early_stopping_epoch not in steps:
-        warn(f'the best checkpoint of run {preset.timestamp}, step {preset.early_stopping_epoch}, is not there; '
-             f'taking the latest, step {steps[-1]}')
-        return preset.checkpoint_path(output_dir, steps[-1])
-    return preset.checkpoint_path(output_dir, preset.early_stopping_epoch)
+    steps, best = require_checkpoint(preset, output_dir), preset.early_stopping_epoch
+    if best in steps:
+        return preset.checkpoint_path(output_dir, best)
+    if best is not None:  # a kill can come between the first checkpoint and its record
+        warn(f'the best checkpoint of run {preset.timestamp}, step {best}, is not there; taking the latest, step '
+             f'{steps[-1]}')
+    return preset.checkpoint_path(output_dir, steps[-1])
 
 
 # ------------------------------------------------------------------------------ test predictions

@@ -37,15 +37,16 @@ from data_helpers import InputError
 LISTENER = r"""
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program
-said = b''
+said, heading = b'', b'TensorFlow did not start; it needs a processor with AVX. What it wrote:\n'
 for line in sys.stdin.buffer:
-    if line.endswith(b'\0\n'):
+    if line == b'\1\n':
+        heading = b'What TensorFlow wrote:\n'
+    if line == b'\0\n' or line == b'\1\n' and not said.strip():
         sys.exit()
     said += line
-sys.stderr.buffer.write(b'TensorFlow did not start; it needs a processor with AVX. What it wrote:\n')
-sys.stderr.buffer.write(said or b'(nothing)\n')
+sys.stderr.buffer.write(heading + (said.strip(b'\1\n') or b'(nothing)') + b'\n')
 """
-NOTHING_TO_SHOW = b'\0\n'  # ends the listener
+NOTHING_TO_SHOW, FAILED = b'\n\0\n', b'\n\1\n'  # what the listener hears last, save where TensorFlow ends the process
 LISTENER_PATIENCE = 5      # seconds, for the listener to end
 
 
@@ -87,8 +88,8 @@ def _set_environment():
 def _silenced():
     """Keeps the console free of what TensorFlow 2.20 and 2.21 write to stderr as they start, at any log level.
 
-    What they write goes to another process, which prints it where the start fails. It also does where TensorFlow
-    ends this process, as it does on a processor without AVX.
+    What they write goes to another process, which prints it where the start fails, and also where TensorFlow ends
+    this process, as it does on a processor without AVX.
     """
     listener = _start_listener()
     if listener is None:
@@ -104,6 +105,9 @@ def _silenced():
         os.write(2, NOTHING_TO_SHOW)
     except KeyboardInterrupt:
         os.write(2, NOTHING_TO_SHOW)
+        raise
+    except Exception:  # which says why
+        os.write(2, FAILED)
         raise
     finally:
         os.dup2(console, 2)

@@ -34,7 +34,7 @@ from data_helpers import (CLASSES, PROJECT_DIR, SIDE, UNFINISHED, ArgumentParser
                           write_atomically)
 from presets_and_results import (BEST, NEWEST, RECIPE, best_checkpoint, check_output_dir, checkpoint_steps, command,
                                  confusion_matrix, describe, load_predictions, load_preset, load_presets, locked,
-                                 read_preset, require_checkpoint, save_predictions, test_interval)
+                                 no_runs, read_preset, require_checkpoint, save_predictions, test_interval)
 # TensorFlow comes with `resnet`, matplotlib with `for_report.pictures`: imported where they are first needed.
 
 PREVIEW = 280  # pixels, of a person's image on the contact sheet
@@ -90,6 +90,8 @@ def test(preset, checkpoint, images, labels, output_dir):
     tested = read_preset(preset.pickle_path(output_dir))
     if tested.early_stopping_epoch != preset.early_stopping_epoch:
         raise InputError(f'run {preset.timestamp} was trained further in the meantime; test it again')
+    if tested.status == 'training':  # as a killed process left it
+        tested.status = 'interrupted'
     tested.update(dict(test_accuracy=float((predictions == labels).mean()), finished=True,
                        test_accuracy_mirrored=float((probabilities.argmax(1) == labels).mean())))
     try:
@@ -293,14 +295,17 @@ def _with_signature(frozen, kind):
 
 
 def _write_saved_model(frozen, path):
-    from resnet import tf
+    from resnet import reason, tf
     with tf.Graph().as_default(), tf.Session() as session:
         signature = tf.saved_model.predict_signature_def(*_with_signature(frozen, tf.uint8))
         builder = tf.saved_model.Builder(path)
         # Without the defaults: an older TensorFlow does not know all of a newer one's attributes.
         builder.add_meta_graph_and_variables(session, [tf.saved_model.tag_constants.SERVING],
                                              {'serving_default': signature}, strip_default_attrs=True)
-        builder.save()
+        try:
+            builder.save()
+        except tf.errors.OpError as error:
+            raise OSError(reason(error))
 
 
 def _write_tflite(frozen, path):
@@ -482,12 +487,16 @@ def _test_one(preset, checkpoint, images, labels, flags):
 
 def _untested(output_dir):
     """The runs without a test accuracy, save those that diverged before their first checkpoint."""
-    presets = [preset for preset in load_presets(output_dir) if not preset.finished and (
+    runs = load_presets(output_dir)
+    presets = [preset for preset in runs if not preset.finished and (
         preset.status != 'diverged' or checkpoint_steps(preset.run_dir(output_dir)))]
-    if not presets:
-        newest = load_preset(output_dir)  # says what to do where there is no run at all
-        retest = command('resnet_eval.py', '--timestamp', newest.timestamp, output_dir=output_dir)
-        print(f'Every run is tested. To test the newest again: {retest}')
+    tested = [preset for preset in runs if preset.finished]
+    if tested and not presets:
+        retest = command('resnet_eval.py', '--timestamp', tested[-1].timestamp, output_dir=output_dir)
+        print(f'No run is left to test. To test the newest again: {retest}')
+    elif not presets:
+        raise InputError('all runs diverged before their first checkpoint: there is nothing to test' if runs else
+                         no_runs(output_dir))
     return presets
 
 

@@ -34,9 +34,10 @@ import numpy as np
 import data_helpers
 from data_helpers import (PROJECT_DIR, UNFINISHED, ArgumentParser, InputError, Progress, console_log,
                           event_records, exit_on_input_error, file_lock, survives, warn, write_atomically)
-from presets_and_results import (AUTO, CONSOLE_LOG, FIELDS, HYPERPARAMETERS, LOCK, MODEL, NAMES, NEWEST, RECIPE, RESUME,
-                                 TRAINING_IMAGES, Number, Switch, best_checkpoint, check_output_dir, checked, command,
-                                 load_preset, load_presets, locked, make_preset, read_preset, start_run, state)
+from presets_and_results import (AUTO, CONSOLE_LOG, FIELDS, HOW_COMPUTED, HYPERPARAMETERS, LOCK, MODEL, NAMES, NEWEST,
+                                 RECIPE, RESUME, TRAINING_IMAGES, Number, Switch, best_checkpoint, check_output_dir,
+                                 checked, command, load_preset, load_presets, locked, make_preset, read_preset, recipe,
+                                 start_run, state)
 # TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
 
 DECAY_STEPS = 24000       # training steps between decays of the learning rate
@@ -975,8 +976,10 @@ def _list_of_presets():
 def _requested(flags, overrides):
     """The Presets that --preset, --seeds and --task ask for: for each preset, all seeds."""
     numbers = flags['preset'] or [0]
+    source = None
     if flags['init_from'] is not None:
-        overrides['init_from'] = load_preset(flags['output_dir'], flags['init_from']).timestamp
+        source = load_preset(flags['output_dir'], flags['init_from'])
+        overrides['init_from'] = source.timestamp
     if flags['seeds'] is None:
         presets = [make_preset(number, **overrides) for number in numbers]
     elif flags['seed'] is not None:
@@ -985,6 +988,9 @@ def _requested(flags, overrides):
         presets = [make_preset(number, **dict(overrides, seed=seed))
                    for number in numbers for seed in _seeds(flags['seeds'])]
     presets = list({(preset.preset, preset.seed): preset for preset in presets}.values())
+    if source and any(preset.seed != source.seed for preset in presets):
+        raise InputError(f'run {source.timestamp} was trained on most of the images that another seed validates on: '
+                         f'go on from its weights with --seed {source.seed}')
     return presets if flags['task'] is None else [_task(presets, flags['task'])]
 
 
@@ -1039,7 +1045,15 @@ def _stopped_run(output_dir, timestamp):
     if preset.status == 'diverged' and not preset.steps:
         raise InputError(f'run {preset.timestamp} cannot be resumed: it diverged before its first checkpoint; train it '
                          f'anew with a lower {_rate_flags(preset)}')
+    if preset.status != 'interrupted' and not preset.steps:  # as in records of 2020
+        raise InputError(f'run {preset.timestamp} cannot be resumed: its record does not say how many steps it was '
+                         f'trained; start anew from its weights with {_onward(preset)}')
     return preset
+
+
+def _onward(preset):
+    """The flags of a new run that starts from the weights of this one."""
+    return f'--init_from {preset.timestamp} --seed {preset.seed}'
 
 
 def _extend(preset, changes):
@@ -1047,7 +1061,7 @@ def _extend(preset, changes):
     length = preset.length()
     if 'num_epochs' in changes and preset.schedule != 'step':
         raise InputError(f'run {preset.timestamp} cannot be extended: its learning rate falls to 0 at the end of its '
-                         f'{preset.num_epochs} epochs; start anew from its weights with --init_from {preset.timestamp}')
+                         f'{preset.num_epochs} epochs; start anew from its weights with {_onward(preset)}')
     if 'num_epochs' in changes:
         changes.setdefault('max_steps', None)
     preset.update(changes)
@@ -1056,7 +1070,7 @@ def _extend(preset, changes):
                          f'{length:,} that it has')
     if preset.status not in ('interrupted', 'diverged') and not changes:
         raise InputError(f'run {preset.timestamp} cannot be resumed: it is at its end; a larger --num_epochs or '
-                         '--max_steps extends it')
+                         '--max_steps extends it, and --max_steps 0 lifts a --max_steps')
 
 
 def _lower(preset, rates):
@@ -1116,9 +1130,9 @@ def _label(preset, presets):
 
 
 def _on_record(preset, runs):
-    """The newest of `runs` with all the hyperparameters of `preset`, seed included, or None."""
-    matching = [run for run in runs if run.preset == preset.preset and all(
-        getattr(preset, name) in (AUTO, getattr(run, name)) for name in HYPERPARAMETERS + ('init_from',))]
+    """The newest of `runs` with the recipe of `preset` that is computed like it, seed included, or None."""
+    matching = [run for run in runs if recipe(run) == recipe(preset) and all(
+        getattr(preset, name) in (AUTO, getattr(run, name)) for name in HOW_COMPUTED)]
     return matching[-1] if matching else None
 
 

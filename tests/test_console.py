@@ -214,6 +214,9 @@ def test_a_run_is_extended(trained, tmp_path):
 @pytest.mark.parametrize('preset, values, flags, message', [
     (0, dict(steps=6, max_steps=6), ['--max_steps', '1'], '1 steps are no more than the 6 that it has'),
     (0, dict(steps=4224), ['--num_epochs', '6'], 'it is at its end; a larger --num_epochs or --max_steps extends it'),
+    (1, dict(steps=None), [], 'its record does not say how many steps it was trained; start anew from its weights with '
+                              '--init_from 7 --seed 0'),
+    (1, dict(steps=None), ['--num_epochs', '300'], 'its record does not say how many steps it was trained'),
     (0, dict(steps=4224), ['--max_steps', '0'], '4,224 steps are no more than the 4,224 that it has'),
     (0, dict(steps=6, max_steps=6), ['--lr', '0.5'], 'was started with lr 0.1, and is resumed with it')])
 def test_a_finished_run_is_not_lost_to_flags(preset, values, flags, message, tmp_path):
@@ -235,15 +238,19 @@ def test_a_schedule_that_ends_at_0_is_not_extended(tmp_path):
     run.save(str(tmp_path))
     status, _, err = run_script('resnet_train.py', '--resume', 7, '--num_epochs', 9, '--output_dir', tmp_path,
                                 tensorflow=False)
-    assert status == 2 and 'its learning rate falls to 0 at the end of its 8 epochs' in err and '--init_from 7' in err
+    assert status == 2 and 'its learning rate falls to 0 at the end of its 8 epochs' in err
+    assert err.endswith('with --init_from 7 --seed 0\n')
 
 
 def test_training_from_the_weights_of_another_run(trained, tmp_path):
     output_dir = str(tmp_path / 'copied')
     shutil.copytree(trained[0], output_dir)
     source = load_preset(output_dir)
-    status, _, err = run_script('resnet_train.py', *TINY, '--max_steps', 1, '--lr', 1e-9, '--init_from',
-                                source.timestamp, '--output_dir', output_dir)
+    flags = (*TINY, '--max_steps', 1, '--lr', 1e-9, '--init_from', source.timestamp, '--output_dir', output_dir)
+    status, _, err = run_script('resnet_train.py', *flags, tensorflow=False)
+    assert status == 2 and (f'run {source.timestamp} was trained on most of the images that another seed validates on: '
+                            'go on from its weights with --seed 5') in err
+    status, _, err = run_script('resnet_train.py', *flags, '--seed', 5)
     assert status == 0, err
     run = load_preset(output_dir)
     assert run.init_from == source.timestamp != run.timestamp
@@ -251,7 +258,7 @@ def test_training_from_the_weights_of_another_run(trained, tmp_path):
                for preset, step in ((source, source.early_stopping_epoch), (run, 1))]
     np.testing.assert_allclose(*kernels, atol=1e-6)
     status, _, err = run_script('resnet_train.py', '--preset', 4, '--max_steps', 1, '--init_from', source.timestamp,
-                                '--output_dir', output_dir)
+                                '--seed', 5, '--output_dir', output_dir)
     assert status == 2 and 'do not fit a ResNet56' in err and len(err.splitlines()) == 1
 
 
@@ -353,7 +360,7 @@ def test_json_of_the_table_of_a_test_and_of_images(tested, tmp_path):
     for k, accuracy in enumerate(answer['accuracy_by_class'].values()):
         assert accuracy == (predictions[1] == k)[predictions[0] == k].mean()
     status, out, err = run_script('resnet_eval.py', '--json', '--output_dir', tested, tensorflow=False)
-    assert (status, out) == (0, '') and 'Every run is tested' in err
+    assert (status, out) == (0, '') and 'No run is left to test' in err
     status, out, err = run_script('resnet_eval.py', '--json', '--images', tmp_path / 'a.png', '--output_dir', tested)
     (answer,) = [json.loads(line) for line in out.splitlines()]
     assert (status, err) == (0, '') and answer['image'].endswith('a.png')

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -255,6 +256,17 @@ def test_a_folder_that_cannot_be_written(output_dir, tmp_path, capsys):
     (tmp_path / 'file').write_text('')
     status = run_eval('--export', tmp_path / 'file' / 'network', '--output_dir', output_dir)
     assert status == 2 and 'cannot be written (Not a directory)' in capsys.readouterr().err
+
+
+def test_a_saved_model_that_does_not_fit_on_the_disk(output_dir, tmp_path, capsys):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100000, hard))  # bytes of a file, of which it has three times as many
+    try:
+        status = run_eval('--export', tmp_path / 'network', '--format', 'savedmodel', '--output_dir', output_dir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert status == 2 and re.search(r'network cannot be written \(.*File too large\)\n\Z', capsys.readouterr().err)
+    assert os.listdir(str(tmp_path)) == []
 
 
 @pytest.mark.parametrize('error, said', [

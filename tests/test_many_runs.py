@@ -316,23 +316,24 @@ def test_nodes_that_do_not_see_the_folder_are_named(tmp_path, monkeypatch):
 
 
 def test_a_failure_does_not_end_the_others(project, trained, tmp_path):
-    """ResNet20s cannot start from the weights of a ResNet8, ResNet8s can."""
+    """Deeper networks cannot start from the weights of a ResNet8, a ResNet8 can."""
     output_dir = str(tmp_path / 'copied')
     shutil.copytree(trained[0], output_dir)
     source, = load_presets(output_dir)
-    process = start(project, '--preset', 3, 0, *SHORT, '--max_steps', 3, '--seeds', 2, '--init_from', source.timestamp,
-                    '--output_dir', output_dir, '--ray')
+    process = start(project, '--preset', 3, 4, 0, *SHORT, '--max_steps', 3, '--seed', source.seed, '--init_from',
+                    source.timestamp, '--output_dir', output_dir, '--ray')
     out, err = process.communicate(timeout=300)
     assert process.returncode == 2, err
     errors = err.splitlines()
-    assert len(errors) == 3 and 'do not fit a ResNet20' in errors[-1], err
-    for seed in (0, 1):
-        assert f'preset study3, seed {seed}: the weights of run {source.timestamp}' in errors[-1]
+    assert len(errors) == 3, err
+    for name, model in (('study3', 'ResNet20'), ('study4', 'ResNet56')):
+        assert f'preset {name}, seed 5: the weights of run {source.timestamp}' in errors[-1]
+        assert f'do not fit a {model}' in errors[-1]
     assert [line for line in out.splitlines() if 'is complete' in line and line.startswith('Preset first, seed ')]
-    cores = resnet_train._share([{'Resources': {'CPU': len(os.sched_getaffinity(0))}}], 4)['num_cpus']
-    runs = [run for run in load_presets(output_dir) if run.preset == 0]
-    assert sorted((run.seed, run.status, run.steps) for run in runs) == [(0, 'complete', 3), (1, 'complete', 3)]
-    assert all(run.device.endswith(f', {resnet_train.counted(cores, "core")}') for run in runs)
+    cores = resnet_train._share([{'Resources': {'CPU': len(os.sched_getaffinity(0))}}], 3)['num_cpus']
+    run, = [run for run in load_presets(output_dir) if run.init_from]
+    assert (run.preset, run.status, run.steps) == (0, 'complete', 3)
+    assert run.device.endswith(f', {resnet_train.counted(cores, "core")}')
 
 
 @pytest.mark.long

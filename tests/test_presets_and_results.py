@@ -305,20 +305,21 @@ def test_a_folder_whose_name_the_locale_lacks_is_refused(tmp_path):
 def test_leavings_are_tidied_and_nothing_else(tmp_path):
     check_output_dir(str(tmp_path))
     old = time.time() - 2 * 3600
-    empty, locked_only, full, young = [tmp_path / 'runs' / name for name in ('1', '2', '3', '4')]
-    for folder in (empty, locked_only, full, young):
+    empty, locked_only, full, young, recorded = [tmp_path / 'runs' / name for name in ('1', '2', '3', '4', '5')]
+    for folder in (empty, locked_only, full, young, recorded):
         folder.mkdir()
-    (locked_only / '.lock').write_bytes(b'')
+    for folder in (locked_only, recorded):
+        (folder / '.lock').write_bytes(b'')
     (full / 'thesis.docx').write_bytes(b'mine')
     pickles = tmp_path / 'INFOS' / 'pickles'
     torn = [pickles / name for name in ('0_5.pickle.unfinished-1a2b', '1_6.pickle.unfinished-ff')]
     kept = [pickles / name for name in ('0_5.pickle', '0_5.pickle.zip', 'notes.txt')]
     for path in torn + kept:
         path.write_bytes(b'x')
-    for path in [empty, locked_only, locked_only / '.lock', full] + torn + kept:
+    for path in [empty, locked_only, locked_only / '.lock', full, recorded] + torn + kept:
         os.utime(str(path), (old, old))
     check_output_dir(str(tmp_path))
-    assert sorted(os.listdir(str(tmp_path / 'runs'))) == ['3', '4'] and (full / 'thesis.docx').exists()
+    assert sorted(os.listdir(str(tmp_path / 'runs'))) == ['3', '4', '5'] and (full / 'thesis.docx').exists()
     assert sorted(os.listdir(str(pickles))) == sorted(path.name for path in kept)
 
 

@@ -582,10 +582,17 @@ def test_a_library_that_is_missing_is_named(tmp_path):
         'except ImportError as error:\n'
         '    raise ImportError("Traceback\\nFailed to load the native TensorFlow runtime.\\nSee a page for help.")\n')
     status, _, err = start(tensorflow=tensorflow, folder=tmp_path)
-    assert status == 1 and 'What it wrote:\ncould not load libcudart\n' in err
+    assert status == 1 and err.startswith('What TensorFlow wrote:\ncould not load libcudart\n')
     assert err.splitlines()[-1] == (
         'data_helpers.InputError: TensorFlow cannot be imported (ImportError: libstuff.so.7: cannot open shared object '
         'file); versions that fit together come with: pip install -r requirements.txt')
+
+
+def test_a_package_that_does_not_fit_is_not_taken_for_the_processor(tmp_path):
+    tensorflow = 'raise TypeError("Descriptors cannot be created directly.")'
+    status, _, err = start(tensorflow=tensorflow, folder=tmp_path)
+    assert status == 1 and 'AVX' not in err and err.startswith('Traceback')
+    assert 'TensorFlow cannot be imported (TypeError: Descriptors cannot be created directly.)' in err.splitlines()[-1]
 
 
 def test_ctrl_c_during_the_start_is_no_failure_of_tensorflow(tmp_path):

@@ -1,4 +1,5 @@
 """What is on disk at any moment: a training broken off at every single write, and what a resumed run keeps."""
+import contextlib
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ import resnet_train
 import sample
 import torture
 from data_helpers import InputError
-from presets_and_results import MODEL, RESUME, Preset, best_checkpoint, checkpoint_steps, load_preset, make_preset
+from presets_and_results import (MODEL, RESUME, Preset, best_checkpoint, checkpoint_steps, load_preset, locked,
+                                 make_preset, read_preset)
 from resnet_train import Checkpoints, Curves, Run, train
 
 WRITES = ((Preset, 'save'), (Preset, 'log'), (Checkpoints, 'save'), (Checkpoints, 'prune'), (Curves, 'flush'))
@@ -152,6 +154,29 @@ def test_a_run_that_is_trained_further_before_its_turn_is_tested_as_it_then_is(c
     resnet_eval.main(['--output_dir', str(tmp_path), '--data_dir', sample.SAMPLE_DIR])
     tested = load_preset(str(tmp_path))
     assert tested.finished and tested.steps == 8 and tested.early_stopping_epoch > 5
+
+
+def test_a_training_that_was_killed_is_no_longer_in_training_once_tested(cifar10, tmp_path):
+    preset = begun(tmp_path)
+    preset.update(dict(status='training', early_stopping_epoch=None))  # as before the first checkpoint's record
+    preset.save(str(tmp_path))
+    resnet_eval.main(['--output_dir', str(tmp_path), '--data_dir', sample.SAMPLE_DIR])
+    tested = read_preset(preset.pickle_path(str(tmp_path)))
+    assert tested.finished and tested.status == 'interrupted'
+
+
+def test_runs_without_a_checkpoint_are_named_with_the_way_out(cifar10, tmp_path, capsys):
+    preset = begun(tmp_path)
+    shutil.rmtree(os.path.join(preset.run_dir(str(tmp_path)), 'checkpoints'))
+    for status, held, message in (('training', True, 'it is in training: test it later'),
+                                  ('training', False, 'train it with: python'),
+                                  ('diverged', False, 'all runs diverged before their first checkpoint')):
+        preset.update(dict(status=status))
+        preset.save(str(tmp_path))
+        with locked(preset, str(tmp_path)) if held else contextlib.ExitStack():
+            with pytest.raises(SystemExit):
+                resnet_eval.main(['--output_dir', str(tmp_path), '--data_dir', sample.SAMPLE_DIR])
+        assert message in capsys.readouterr().err
 
 
 def test_where_the_best_checkpoint_is_gone_the_latest_is_tested(cifar10, tmp_path, capsys):

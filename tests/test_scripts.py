@@ -148,6 +148,14 @@ def test_auto_records_what_the_hardware_gains_by(half, cifar10, tmp_path, monkey
         assert (resnet_train._on_record(again, runs) is not None) == found
 
 
+def test_on_record_is_what_counts_as_the_same_recipe():
+    whole = make_preset('study1', max_steps=0, timestamp=7)  # once cut short, then trained to its end
+    lowered = make_preset('study1', lr=0.05, rate_history='lr 0.1 to step 5', timestamp=8)
+    assert resnet_train._on_record(make_preset('study1'), [whole, lowered]) is whole
+    assert resnet_train._on_record(make_preset('study1', lr=0.05), [whole, lowered]) is None
+    assert resnet_train._on_record(make_preset('study1', max_steps=9), [whole, lowered]) is None
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('name', ['fast', 'standard', 'paper20', 'paper110', 'best20', 'best56'])
 def test_the_first_steps_of_the_long_presets(name, cifar10, tmp_path):
@@ -374,7 +382,7 @@ def test_evaluation_of_all_of_one_and_of_the_newest(trained, tmp_path):
     assert abs(confusion.trace() / 100 - preset.test_accuracy) < 1e-9
 
     status, out, _ = run_script('resnet_eval.py', '--output_dir', output_dir, tensorflow=False)
-    assert status == 0 and 'Every run is tested' in out
+    assert status == 0 and 'No run is left to test' in out
     for flags in (('--timestamp',), ('--timestamp', timestamp)):
         assert run_script('resnet_eval.py', '--output_dir', output_dir, *flags)[0] == 0
     with open(os.path.join(output_dir, 'INFOS', 'eval_overall.txt')) as file:
@@ -421,7 +429,7 @@ def test_the_accuracy_with_the_mirror_image_is_a_figure_of_its_own(resnet8, cifa
     images, labels = data_helpers.load(cifar10, data_helpers.TEST_FILES)
     one_view = numpy_resnet.probabilities(images, variables(output_dir, 3520), 1, 0.1).argmax(1)
     status, out, _ = run_script('resnet_eval.py', '--output_dir', output_dir, tensorflow=False)
-    assert status == 0 and 'Every run is tested' in out and load_preset(output_dir).test_accuracy_mirrored is None
+    assert status == 0 and 'No run is left to test' in out and load_preset(output_dir).test_accuracy_mirrored is None
     status, out, err = run_script('resnet_eval.py', '--output_dir', output_dir, '--timestamp')
     assert (status, err) == (0, '')
     preset = load_preset(output_dir)
