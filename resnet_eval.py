@@ -490,13 +490,14 @@ def _untested(output_dir):
     runs = load_presets(output_dir)
     presets = [preset for preset in runs if not preset.finished and (
         preset.status != 'diverged' or checkpoint_steps(preset.run_dir(output_dir)))]
-    tested = [preset for preset in runs if preset.finished]
-    if tested and not presets:
-        retest = command('resnet_eval.py', '--timestamp', tested[-1].timestamp, output_dir=output_dir)
-        print(f'No run is left to test. To test the newest again: {retest}')
-    elif not presets:
-        raise InputError('all runs diverged before their first checkpoint: there is nothing to test' if runs else
-                         no_runs(output_dir))
+    if not runs:
+        raise InputError(no_runs(output_dir))
+    if not presets:
+        print('No run is left to test')
+        tested = [preset for preset in runs if preset.finished]
+        if tested:
+            retest = command('resnet_eval.py', '--timestamp', tested[-1].timestamp, output_dir=output_dir)
+            print(f'To test the newest again: {retest}')
     return presets
 
 

@@ -168,15 +168,18 @@ def test_a_training_that_was_killed_is_no_longer_in_training_once_tested(cifar10
 def test_runs_without_a_checkpoint_are_named_with_the_way_out(cifar10, tmp_path, capsys):
     preset = begun(tmp_path)
     shutil.rmtree(os.path.join(preset.run_dir(str(tmp_path)), 'checkpoints'))
-    for status, held, message in (('training', True, 'it is in training: test it later'),
-                                  ('training', False, 'train it with: python'),
-                                  ('diverged', False, 'all runs diverged before their first checkpoint')):
-        preset.update(dict(status=status))
-        preset.save(str(tmp_path))
-        with locked(preset, str(tmp_path)) if held else contextlib.ExitStack():
-            with pytest.raises(SystemExit):
-                resnet_eval.main(['--output_dir', str(tmp_path), '--data_dir', sample.SAMPLE_DIR])
+    flags = ['--output_dir', str(tmp_path), '--data_dir', sample.SAMPLE_DIR]
+    preset.update(dict(status='training'))
+    preset.save(str(tmp_path))
+    for held, message in ((True, 'it is in training: test it later'), (False, 'train it with: python')):
+        with locked(preset, str(tmp_path)) if held else contextlib.ExitStack(), pytest.raises(SystemExit):
+            resnet_eval.main(flags)
         assert message in capsys.readouterr().err
+    preset.update(dict(status='diverged'))
+    preset.save(str(tmp_path))
+    capsys.readouterr()
+    resnet_eval.main(flags)
+    assert capsys.readouterr().out == 'No run is left to test\n'
 
 
 def test_where_the_best_checkpoint_is_gone_the_latest_is_tested(cifar10, tmp_path, capsys):
