@@ -588,12 +588,11 @@ def require_checkpoint(preset, output_dir):
     steps = checkpoint_steps(preset.run_dir(output_dir))
     if not steps:
         folder = os.path.join(preset.run_dir(output_dir), 'checkpoints')
-        words = ['--preset', preset.preset]
-        if preset.status == 'interrupted':
-            words = ['--resume', preset.timestamp]
-        way_out = f'train it with: {command("resnet_train.py", *words, output_dir=output_dir)}'
-        if preset.status == 'training':
-            way_out = 'it is in training: test it later'
+        way_out = 'it is in training: test it later'
+        if preset.status != 'training':
+            stopped = preset.status == 'interrupted'
+            words = ('--resume', preset.timestamp) if stopped else ('--preset', preset.preset)
+            way_out = f'train it with: {command("resnet_train.py", *words, output_dir=output_dir)}'
         raise InputError(f'run {preset.timestamp} has no checkpoint to test in {folder}; {way_out}')
     return steps
 

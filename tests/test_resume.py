@@ -156,13 +156,16 @@ def test_a_run_that_is_trained_further_before_its_turn_is_tested_as_it_then_is(c
     assert tested.finished and tested.steps == 8 and tested.early_stopping_epoch > 5
 
 
-def test_a_training_that_was_killed_is_no_longer_in_training_once_tested(cifar10, tmp_path):
+def test_a_training_that_was_killed_is_no_longer_in_training_once_tested(cifar10, tmp_path, capsys):
     preset = begun(tmp_path)
     preset.update(dict(status='training', early_stopping_epoch=None))  # as before the first checkpoint's record
     preset.save(str(tmp_path))
     resnet_eval.main(['--output_dir', str(tmp_path), '--data_dir', sample.SAMPLE_DIR])
     tested = read_preset(preset.pickle_path(str(tmp_path)))
     assert tested.finished and tested.status == 'interrupted'
+    line = (tmp_path / 'INFOS' / 'eval_overall.txt').read_text().splitlines()[-1]
+    assert '\tinterrupted\t' in line and '\ttraining\t' not in line
+    assert capsys.readouterr().err == ''  # no best checkpoint is missed, where none is on record
 
 
 def test_runs_without_a_checkpoint_are_named_with_the_way_out(cifar10, tmp_path, capsys):

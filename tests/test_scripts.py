@@ -157,7 +157,8 @@ def test_on_record_is_what_counts_as_the_same_recipe():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('name', ['fast', 'standard', 'paper20', 'paper110', 'best20', 'best56'])
+@pytest.mark.parametrize('name', [
+    'fast', 'standard', 'paper20', 'paper110', 'best20', 'best56'])  # paper32 and paper56 are as these
 def test_the_first_steps_of_the_long_presets(name, cifar10, tmp_path):
     preset = train(make_preset(name, batch_size=20, max_steps=2), sample.SAMPLE_DIR, str(tmp_path))
     assert preset.status == 'complete' and preset.early_stopping_epoch == 2
@@ -362,7 +363,8 @@ def test_a_batch_too_large_for_the_memory_is_named(cifar10, monkeypatch, tmp_pat
         session.run = exhausted
         return session
     monkeypatch.setattr(resnet, 'make_session', small)
-    with pytest.raises(InputError, match='too small for a training step on batches of 90: .* --batch_size .OOM'):
+    with pytest.raises(InputError, match='too small for a training step on batches of 90: .* smaller --batch_size '
+                                         '.OOM'):
         train_here(tmp_path)
 
 
