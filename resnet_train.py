@@ -1059,7 +1059,8 @@ def _onward(preset):
 def _extend(preset, changes):
     """Gives a run a new num_epochs or max_steps. Raises InputError where it would not train on by that."""
     length = preset.length()
-    if 'num_epochs' in changes and preset.schedule != 'step':
+    at_its_end = preset.status not in ('interrupted', 'diverged')
+    if preset.schedule != 'step' and ('num_epochs' in changes or at_its_end and not preset.max_steps):
         raise InputError(f'run {preset.timestamp} cannot be extended: its learning rate falls to 0 at the end of its '
                          f'{preset.num_epochs} epochs; start anew from its weights with {_onward(preset)}')
     if 'num_epochs' in changes:
@@ -1068,7 +1069,7 @@ def _extend(preset, changes):
     if changes and preset.length() <= length:
         raise InputError(f'run {preset.timestamp} cannot be resumed so: {preset.length():,} steps are no more than the '
                          f'{length:,} that it has')
-    if preset.status not in ('interrupted', 'diverged') and not changes:
+    if at_its_end and not changes:
         raise InputError(f'run {preset.timestamp} cannot be resumed: it is at its end; a larger --num_epochs or '
                          '--max_steps extends it, and --max_steps 0 lifts a --max_steps')
 

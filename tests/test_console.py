@@ -233,11 +233,11 @@ def test_more_epochs_lift_the_preset_s_own_end():
     assert run.length() == 300 * 352
 
 
-def test_a_schedule_that_ends_at_0_is_not_extended(tmp_path):
+@pytest.mark.parametrize('flags', [[], ['--num_epochs', 9], ['--max_steps', 3000]])
+def test_a_schedule_that_ends_at_0_is_not_extended(flags, tmp_path):
     run = make_preset('fast', timestamp=7, status='complete', steps=2816)
     run.save(str(tmp_path))
-    status, _, err = run_script('resnet_train.py', '--resume', 7, '--num_epochs', 9, '--output_dir', tmp_path,
-                                tensorflow=False)
+    status, _, err = run_script('resnet_train.py', '--resume', 7, *flags, '--output_dir', tmp_path, tensorflow=False)
     assert status == 2 and 'its learning rate falls to 0 at the end of its 8 epochs' in err
     assert err.endswith('with --init_from 7 --seed 0\n')
 
