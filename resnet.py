@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import re
+import socket
 import subprocess
 import sys
 import warnings
@@ -723,6 +724,11 @@ def reach(address, device):
 
     Its list_devices raises tf.errors.OpError once the process has ended, hangs, is cut off or was started again.
     """
+    host, _, port = address.rpartition(':')
+    try:  # gRPC, once refused, waits longer and longer before it connects again, and fails what would use it until then
+        socket.create_connection((host.strip('[]'), int(port)), ANSWER_PATIENCE).close()
+    except OSError:
+        return None
     config = tf.ConfigProto(operation_timeout_in_ms=1000 * ANSWER_PATIENCE, device_filters=[device])
     session = tf.Session(f'grpc://{address}', tf.Graph(), config)
     try:

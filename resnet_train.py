@@ -187,10 +187,28 @@ class Cluster:
         return [task.device for task in self.tasks] or None
 
     def start(self):
-        """Starts the server of this process; the chief waits for the others.
+        """Starts the server of this process, which is the chief, and waits for the others.
 
         Raises InputError where the server cannot listen, or one of the others does not come.
         """
+        self._listen()
+        self.sessions = {task: self._reach(task) for task in self.others}
+
+    def serve(self):
+        """Lends this process to the chief until that ends, and ends it.
+
+        Raises InputError where there is no chief, or the server cannot listen.
+        """
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it has nothing to save
+        chief = self._reach(self.chief)
+        self._listen()  # only now: the chief, which waits for that, begins when each of the two has reached the other
+        print(f'At work for {self.chief}.', flush=True)
+        while _answers(chief):
+            time.sleep(LOOK_EVERY)
+        print('The chief has ended.', flush=True)
+        data_helpers.leave()  # what it was computing for the chief would wait for that
+
+    def _listen(self):
         from resnet import start_server
         jobs = collections.defaultdict(list)
         for task in self.tasks:
@@ -199,18 +217,6 @@ class Cluster:
         self.target = self.server.target
         print(f'This is {self.own}. TensorFlow listens on its port of every interface, without authentication: '
               'a firewall or a closed network must keep others out.', flush=True)
-        if not self.serves:
-            self.sessions = {task: self._reach(task) for task in self.others}
-
-    def serve(self):
-        """Lends this process to the chief until that ends, and ends it. Raises InputError where there is no chief."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it has nothing to save
-        chief = self._reach(self.chief)
-        print(f'At work for {self.chief}.', flush=True)
-        while _answers(chief):
-            time.sleep(LOOK_EVERY)
-        print('The chief has ended.', flush=True)
-        data_helpers.leave()  # what it was computing for the chief would wait for that
 
     @contextlib.contextmanager
     def watched(self, saved):
@@ -900,7 +906,6 @@ def main(arguments=None):
     if cluster.tasks and flags['ray'] is not None:
         raise InputError('--ray spreads runs and TF_CONFIG one run over machines: leave --ray out, or unset TF_CONFIG')
     if cluster.serves and not flags['show']:
-        cluster.start()
         cluster.serve()
     if cluster.tasks and flags['resume'] is None:
         overrides.setdefault('towers', len(cluster.tasks))

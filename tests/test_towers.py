@@ -269,8 +269,8 @@ def test_a_port_that_is_taken_is_one_sentence(capfd):
 
 # ------------------------------------------------------------------------------ several processes
 
-def cluster(output_dir, *flags):
-    """A chief and a worker that are started with these flags."""
+def cluster(output_dir, *flags, only=('chief', 'worker')):
+    """A chief and a worker that are started with these flags, or one of them."""
     with socket.socket() as first, socket.socket() as second:
         addresses = []
         for free in (first, second):
@@ -278,7 +278,7 @@ def cluster(output_dir, *flags):
             addresses.append(f'127.0.0.1:{free.getsockname()[1]}')
     jobs = dict(chief=addresses[:1], worker=addresses[1:])
     return [sample.run_script('resnet_train.py', *flags, '--output_dir', output_dir, call=IMPATIENT, popen=True,
-                              TF_CONFIG=described(jobs, job)) for job in ('chief', 'worker')]
+                              TF_CONFIG=described(jobs, job)) for job in only]
 
 
 def await_line(process, beginning):
@@ -326,6 +326,14 @@ def test_a_chief_and_a_worker_end_where_two_towers_on_one_machine_do(on_one_mach
     run = load_preset(str(tmp_path))
     assert run.towers == 2 and run.device.startswith('2 tasks, the chief on ')
     assert_same(on_one_machine, str(tmp_path))
+
+
+def test_a_worker_does_not_listen_before_it_has_reached_the_chief(tmp_path):
+    worker, = cluster(str(tmp_path), *STEPS, only=['worker'])
+    line = worker.stdout.readline()
+    worker.kill()
+    worker.communicate()
+    assert line.startswith('Waiting for chief 0 (127.0.0.1:')  # where it listens it says so before
 
 
 @pytest.mark.long
