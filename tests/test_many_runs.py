@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -253,7 +254,9 @@ def test_a_share_of_the_cores_or_a_gpu(cores, gpus, runs, share):
             resnet_train._share(nodes, runs, towers=4)
 
 
-def test_tasks_on_one_machine_get_cores_of_their_own():
+def test_tasks_on_one_machine_get_cores_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))  # whatever else this machine computes
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
     cores = os.sched_getaffinity(0)
     code = 'import os, resnet_train\nwith resnet_train._cores_of_its_own(1): print(*os.sched_getaffinity(0))'
     with resnet_train._cores_of_its_own(1):
