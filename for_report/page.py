@@ -53,7 +53,7 @@ def _description(preset, predictions):
     if interval is None:
         return f'{name}, not tested'
     low, high = interval
-    tested = f'{name}: right on {preset.test_accuracy:.2%} of the test images (95\N{NO-BREAK SPACE}% interval {low:.2%} to {high:.2%})'
+    tested = f'{name}: right on {preset.test_accuracy:.2%} of the test images (95% interval {low:.2%} to {high:.2%})'
     if preset.test_accuracy_mirrored is None:
         return tested
     return f'{tested}, with the mirror image on {preset.test_accuracy_mirrored:.2%}'

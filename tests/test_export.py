@@ -437,7 +437,7 @@ def test_the_page_shows_what_the_network_sees(visit, tmp_path):
     assert np.array_equal(np.reshape(seen, (32, 32, 4))[..., :3], np.asarray(Image.open(str(tmp_path / 'a.png'))))
     assert np.array_equal(np.reshape(shown['pixels'], (32, 32, 3)), np.reshape(seen, (32, 32, 4))[..., :3])
     text = visited.inner_text('body')
-    assert 'right on 80.00% of the test images (95\N{NO-BREAK SPACE}% interval 79.20% to 80.77%)' in text and 'from a.png' in text
+    assert 'right on 80.00% of the test images (95% interval 79.20% to 80.77%)' in text and 'from a.png' in text
     assert 'to 80.77%), with the mirror image on 81.00%' in text
 
 
