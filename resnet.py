@@ -727,7 +727,7 @@ def reach(address, device):
     host, _, port = address.rpartition(':')
     try:  # gRPC, once refused, waits longer and longer before it connects again, and fails what would use it until then
         socket.create_connection((host.strip('[]'), int(port)), ANSWER_PATIENCE).close()
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: of what can be no host name
         return None
     config = tf.ConfigProto(operation_timeout_in_ms=1000 * ANSWER_PATIENCE, device_filters=[device])
     session = tf.Session(f'grpc://{address}', tf.Graph(), config)

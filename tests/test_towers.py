@@ -328,6 +328,14 @@ def test_a_chief_and_a_worker_end_where_two_towers_on_one_machine_do(on_one_mach
     assert_same(on_one_machine, str(tmp_path))
 
 
+def test_what_nobody_listens_at_is_not_reached():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    for host in ('127.0.0.1', 'a..b'):  # the other cannot even be a host's name
+        assert resnet.reach(f'{host}:{port}', '/job:chief/task:0') is None
+
+
 def test_a_worker_does_not_listen_before_it_has_reached_the_chief(tmp_path):
     worker, = cluster(str(tmp_path), *STEPS, only=['worker'])
     line = worker.stdout.readline()
