@@ -196,7 +196,7 @@ PRESETS = {
     3: dict(num_residual_units=3, lr_decay=0.96),
     4: dict(num_residual_units=9, lr_decay=0.96),
     5: dict(num_residual_units=9, lr_decay=0.90),
-    6: dict(MODERN, num_epochs=8, low_resolution_epochs=6.5),
+    6: dict(MODERN, batch_size=256, lr=0.8, muon_lr=0.03, num_epochs=8, low_resolution_epochs=7),
     7: dict(MODERN, num_epochs=50, warmup_epochs=5, low_resolution_epochs=35, label_smoothing=0.1),
     8: dict(PAPER, num_residual_units=3),
     9: dict(PAPER, num_residual_units=5),

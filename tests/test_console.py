@@ -235,7 +235,7 @@ def test_more_epochs_lift_the_preset_s_own_end():
 
 @pytest.mark.parametrize('flags', [[], ['--num_epochs', 9], ['--max_steps', 3000]])
 def test_a_schedule_that_ends_at_0_is_not_extended(flags, tmp_path):
-    run = make_preset('fast', timestamp=7, status='complete', steps=2816)
+    run = make_preset('fast', timestamp=7, status='complete', steps=1408)
     run.save(str(tmp_path))
     status, _, err = run_script('resnet_train.py', '--resume', 7, *flags, '--output_dir', tmp_path, tensorflow=False)
     assert status == 2 and 'its learning rate falls to 0 at the end of its 8 epochs' in err
@@ -283,9 +283,9 @@ def test_the_length_can_be_lifted():
     (dict(number=1), 'learning rate 0.1, constant, L2 0.001'),
     (dict(number=2), 'learning rate 0.1 x 0.96 every 24,000 steps'),
     (dict(number='paper110'), 'learning rate 0.1 after 1 epoch of warm-up, then x 0.1 at steps 32,000, 48,000'),
-    (dict(number='fast'), 'learning rate 0.4, linearly to 0'),
+    (dict(number='fast'), 'learning rate 0.8, linearly to 0'),
     (dict(number='standard'), 'learning rate 0.4 after 5 epochs of warm-up, then linearly to 0'),
-    (dict(number='fast', schedule='cosine'), 'learning rate 0.4, to 0 as a cosine')])
+    (dict(number='fast', schedule='cosine'), 'learning rate 0.8, to 0 as a cosine')])
 def test_the_recipe_in_words(overrides, words):
     assert words in describe_recipe(make_preset(**overrides))
 
@@ -314,7 +314,7 @@ def test_shortened_is_by_the_preset_s_own_length():
 def test_differences_tell_recipes_apart():
     tuned = make_preset('fast', init_from=7)
     assert differences(tuned) == 'init_from 7' and recipe(tuned) != recipe(make_preset('fast'))
-    assert recipe(make_preset('fast', seed=1, max_steps=2816)) == recipe(make_preset('fast'))
+    assert recipe(make_preset('fast', seed=1, max_steps=1408)) == recipe(make_preset('fast'))
     assert vars(make_preset('fast', schedule='linear')) == vars(make_preset('fast'))
     assert differences(make_preset('fast', seed=3, mixed_precision=True)) == ''
     assert differences(make_preset('standard', muon_lr=0, label_smoothing=0)) == 'muon_lr 0, label_smoothing 0'
@@ -457,14 +457,14 @@ def test_a_missing_package_is_a_line():
 
 def test_show_says_that_a_schedule_is_cut_short():
     _, out, _ = run_script('resnet_train.py', '--preset', 'fast', '--max_steps', 20, '--show')
-    assert '20 steps, 0.057 epochs; cut short: the learning rate falls over 2,816 steps' in out
+    assert '20 steps, 0.114 epochs; cut short: the learning rate falls over 1,408 steps' in out
 
 
 def test_show_prints_the_recipe_and_ends(tmp_path):
     status, out, err = run_script('resnet_train.py', '--preset', 'fast', '--nesterov', '--show',
                                   '--output_dir', tmp_path)
     assert (status, err) == (0, '') and os.listdir(str(tmp_path)) == []
-    for part in ('Preset 6 (fast): ResNet20 (n = 3), 269,722 parameters', '2,816 steps', 'linearly to 0', 'nesterov'):
+    for part in ('Preset 6 (fast): ResNet20 (n = 3), 269,722 parameters', '1,408 steps', 'linearly to 0', 'nesterov'):
         assert part in out
 
 

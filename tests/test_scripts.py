@@ -104,10 +104,10 @@ def test_curves(tmp_path):
     (4, {0: 0.1, 23999: 0.1, 24000: 0.096, 70399: 0.09216}), (1, {70399: 0.1}),
     ('paper20', {0: 0.1, 31999: 0.1, 32000: 0.01, 47999: 0.01, 48000: 0.001, 63999: 0.001}),
     ('paper110', {0: 0.1 / 353, 175: 0.1 * 176 / 353, 352: 0.1, 31999: 0.1, 48000: 0.001}),
-    ('fast', {'warmup_epochs': 2, 'num_epochs': 10, 0: 0.4 / 705, 703: 0.4 * 704 / 705, 704: 0.4, 2112: 0.2,
-              3519: 0.4 / 2816}),
-    ('fast', {'schedule': 'cosine', 'num_epochs': 10, 0: 0.4, 880: 0.4 * (2 + math.sqrt(2)) / 4, 1760: 0.2,
-              3519: 0.4 * math.sin(math.pi / 7040) ** 2})])
+    ('fast', {'warmup_epochs': 2, 'num_epochs': 10, 0: 0.8 / 705, 703: 0.8 * 704 / 705, 704: 0.8, 2112: 0.4,
+              3519: 0.8 / 2816}),
+    ('fast', {'schedule': 'cosine', 'num_epochs': 10, 0: 0.8, 880: 0.8 * (2 + math.sqrt(2)) / 4, 1760: 0.4,
+              3519: 0.8 * math.sin(math.pi / 7040) ** 2})])
 def test_schedules_by_hand(number, rates):
     preset = make_preset(number, **{name: value for name, value in rates.items() if isinstance(name, str)})
     for step, rate in rates.items():
