@@ -35,6 +35,7 @@ POINTS = '+0.00%;-0.00%'
 FORMATS = {'training_time': '0.0', 'images_per_second': '0', 'p': P, 'adjusted_p': P, 'difference_accuracy': POINTS,
            'difference_95_low': POINTS, 'difference_95_high': POINTS}
 WIDEST = 44        # letters of a column; longer texts go over several lines
+LINE, TALLEST = 15, 409  # points: of a line, and of the tallest row that Excel allows
 PAGE = 110         # letters across a landscape page of A4 at a scale of 100 %, also in a wide font
 
 HEADING = Font(name='Calibri', size=11, bold=True)
@@ -272,6 +273,9 @@ def _fill(sheet, rows, headers):
                 cell.alignment = Alignment(horizontal='left' if i < headers else 'center')
             if i >= headers:  # the row of groups is merged over several columns
                 widths[k - 1] = max(widths[k - 1], 8 if isinstance(value, float) else len(str(value)))
+        lines = max(len(textwrap.wrap(str(value), WIDEST)) for value in row)
+        if i > headers and lines > 1:  # not every program makes room by itself
+            sheet.row_dimensions[i].height = min(lines * LINE, TALLEST)
     for k, width in enumerate(widths, 1):
         sheet.column_dimensions[get_column_letter(k)].width = min(width, WIDEST) + 3
     sheet.freeze_panes = sheet.cell(headers + 1, 1)
