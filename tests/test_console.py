@@ -264,7 +264,7 @@ def test_training_from_the_weights_of_another_run(trained, tmp_path):
 
 @pytest.mark.parametrize('flags, message', [
     (['--lr_milestones', '100,200', '--preset', '1'], 'lr_milestones have no effect where lr_decay is 1'),
-    (['--preset', 'fast', '--momentum', '0.9999'], "Muon's weight decay, lr * l2_reg_lambda / (1 - momentum), is 2 a"),
+    (['--preset', 'fast', '--momentum', '0.9999'], "Muon's weight decay, lr * l2_reg_lambda / (1 - momentum), is 4 a"),
     (['--seeds', '2', '--resume'], '--seeds, --init_from and several presets start runs, --resume resumes one'),
     (['--preset', '0', '3', '--resume'], '--seeds, --init_from and several presets start runs, --resume resumes one'),
     (['--init_from', '9'], 'there are no runs in')])
