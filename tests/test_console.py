@@ -438,7 +438,7 @@ def test_help_tells_ranges_and_defaults():
     status, out, err = run_script('resnet_train.py', '--preset', 'fast', '--help', tensorflow=False)
     text = ''.join(out.split())  # argparse breaks lines at hyphens too
     assert (status, err) == (0, '')
-    for part in ('a number from 1e-09 to 100; default: 0.4', 'true or false; default: True', '--nesterov [BOOL]',
+    for part in ('a number from 1e-09 to 100; default: 0.8', 'true or false; default: True', '--nesterov [BOOL]',
                  'step, one-cycle (or linear) or cosine; default: one-cycle', 'seed of the split'):
         assert part.replace(' ', '') in text, part
 
