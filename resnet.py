@@ -556,11 +556,12 @@ class LossScale:
     is skipped: what overflows then is the training itself. The scale, a power of two, rounds nothing. It is
     part of a checkpoint, and so is the count of good steps.
     """
+    SCOPE = 'loss_scale'
     FIRST = 128.0
     GOOD_STEPS = 2000
 
     def __init__(self):
-        with tf.variable_scope('loss_scale'):
+        with tf.variable_scope(self.SCOPE):
             self.scale = tf.get_variable('scale', initializer=self.FIRST, trainable=False)
             self.good_steps = tf.get_variable('good_steps', initializer=0, trainable=False)
 

@@ -403,7 +403,7 @@ class Run:
     def _begin_record(self, resume):
         from resnet import device_name, tf
         preset = self.preset
-        self.resumed_from = preset.tensorflow_version if resume else None
+        self.resumed_from = (preset.tensorflow_version, preset.device) if resume else None
         if not resume:
             preset.update(dict(val_accuracy=None, early_stopping_epoch=None, steps=None, training_time=None,
                                images_per_second=None, git_commit=git_commit()))
@@ -422,9 +422,9 @@ class Run:
         preset = self.preset
         if preset.steps:
             print(f'Resuming run {preset.timestamp} at step {preset.steps:,} of {self.last_step:,}')
-        if self.resumed_from not in (None, preset.tensorflow_version):
-            print(f'It began under TensorFlow {self.resumed_from}; this is {preset.tensorflow_version}: the results '
-                  'will differ by rounding')
+        if self.resumed_from not in (None, (preset.tensorflow_version, preset.device)):
+            version, device = self.resumed_from
+            print(f'It was trained by TensorFlow {version} on {device}: from here the results differ by rounding')
         print(f'{describe_training(preset, self.net.count_parameters(), n_training)}\n'
               f'  data    {n_training:,} training and {n_validation:,} validation images from {self.data_dir}\n'
               f'  device  {preset.device}; TensorFlow {preset.tensorflow_version}, Python {preset.python_version}\n'
@@ -508,9 +508,11 @@ class Run:
         """Records the end of the run, after its last save, and returns its Preset."""
         self._end(status)
         preset = self.preset
-        proceed = f'Resume it with:\n  {self._command("resnet_train.py", "--resume", preset.timestamp)}'
+        proceed = f'Resume it with:\n  {_resume_command(preset, self.output_dir, self.data_dir)}'
         if status == 'complete':
-            proceed = f'Test it with:\n  {self._command("resnet_eval.py", "--timestamp", preset.timestamp)}'
+            test = command('resnet_eval.py', '--timestamp', preset.timestamp, output_dir=self.output_dir,
+                           data_dir=self.data_dir)
+            proceed = f'Test it with:\n  {test}'
         print(f'Run {preset.timestamp} is {preset.status}: best validation accuracy {preset.val_accuracy:.4f} at step '
               f'{preset.early_stopping_epoch:,}; {preset.training_time:.1f} minutes. {proceed}', flush=True)
         return preset
@@ -520,9 +522,10 @@ class Run:
         rate = learning_rate(self.preset, step - 1, self.steps_per_epoch)
         advice = f'Try a lower {_rate_flags(self.preset)}'
         if self.preset.steps:
-            resume = self._command('resnet_train.py', '--resume', self.preset.timestamp)
+            halved = [f'--{name}={getattr(self.preset, name) / 2:g}' for name in _rates(self.preset)]
+            resume = _resume_command(self.preset, self.output_dir, self.data_dir, *halved)
             advice = (f'Its checkpoint of step {self.preset.steps:,} is good: resume it with a lower '
-                      f'{_rate_flags(self.preset)}: {resume}')
+                      f'{_rate_flags(self.preset)}, as in: {resume}')
         raise InputError(f'run {self.preset.timestamp} diverged: {what} at step {step:,}, learning rate {rate:g}. '
                          f'{advice}')
 
@@ -536,9 +539,6 @@ class Run:
     def _images_per_second(self):
         return self.trained_images / self.training_seconds if self.training_seconds else 0.0
 
-    def _command(self, script, *words):
-        return command(script, *words, output_dir=self.output_dir, data_dir=self.data_dir)
-
     @contextlib.contextmanager
     def _writing(self):
         """Where something cannot be written, says what is safe."""
@@ -549,7 +549,7 @@ class Run:
         except (OSError, tf.errors.OpError, ValueError) as error:  # the saver raises ValueError where a folder is gone
             safe = 'Nothing was saved; fix this and start again'
             if recorded:
-                resume = self._command('resnet_train.py', '--resume', self.preset.timestamp)
+                resume = _resume_command(self.preset, self.output_dir, self.data_dir)
                 safe = f'What was saved of step {saved:,} is whole; fix this and resume it with: {resume}'
             raise InputError(f'run {self.preset.timestamp} cannot be written ({reason(error)}). {safe}')
 
@@ -567,14 +567,20 @@ class Checkpoints:
 
     def restore(self):
         """Sets the variables as the last save left them, and returns the path of its checkpoint."""
-        from resnet import reason, tf
+        from resnet import LossScale, reason, tf
         preset = self.preset
         paths = [preset.checkpoint_path(self.output_dir, preset.steps, kind) for kind in (MODEL, RESUME)]
         path = next((path for path in paths if os.path.exists(path + '.index')), paths[0])
         try:
             if not survives(tf.train.NewCheckpointReader, path):
                 raise InputError('TensorFlow would end on it')
-            self.saver.restore(self.session, path)
+            saver, held = self.saver, tf.train.NewCheckpointReader(path)
+            absent = [variable for variable in tf.global_variables(LossScale.SCOPE)
+                      if not held.has_tensor(variable.op.name)]
+            if absent:  # it was begun in bfloat16, and goes on in float16
+                self.session.run(tf.variables_initializer(absent))
+                saver = tf.train.Saver([variable for variable in tf.global_variables() if variable not in absent])
+            saver.restore(self.session, path)
             return path
         except Exception as error:  # a damaged file can raise anything
             raise InputError(f'run {preset.timestamp} cannot be resumed: {path} is missing, trimmed or damaged '
@@ -588,6 +594,8 @@ class Checkpoints:
                                                               'moving_variance')]
         path = best_checkpoint(source, self.output_dir)
         try:
+            if source.num_residual_units != self.preset.num_residual_units:  # a deeper one has all that is asked of it
+                raise InputError('their depths differ')
             if not survives(tf.train.NewCheckpointReader, path):
                 raise InputError('TensorFlow would end on them')
             tf.train.Saver(weights).restore(self.session, path)
@@ -635,15 +643,14 @@ class Curves:
 
     def best_steps(self):
         """The steps at which the validation accuracy was a new best, ascending."""
-        best, steps = -1.0, []
+        highest, steps = -1.0, []
         for event in self.validations:
             for value in event.summary.value:
-                if value.tag == 'accuracy' and value.simple_value > best:
-                    best = value.simple_value
+                if value.tag == 'accuracy' and value.simple_value > highest:
+                    highest = value.simple_value
                     steps.append(event.step)
-        if self.preset.early_stopping_epoch and not steps:  # the curves were removed
-            steps = [self.preset.early_stopping_epoch]
-        return steps
+        best = self.preset.early_stopping_epoch  # where curves were removed, the record alone knows it
+        return [step for step in steps if step < best] + [best] if best else []
 
     def add(self, name, step, **values):
         """A point of the curves 'train' or 'dev'."""
@@ -830,7 +837,7 @@ def _saved(preset, data_dir, output_dir):
     """What there is of a run that ends here, and how to go on."""
     if not os.path.exists(preset.pickle_path(output_dir)):
         return 'Nothing was saved; start all processes again'
-    resume = command('resnet_train.py', '--resume', preset.timestamp, output_dir=output_dir, data_dir=data_dir)
+    resume = _resume_command(preset, output_dir, data_dir)
     return f'What was saved of step {preset.steps or 0:,} is whole; start all processes again with: {resume}'
 
 
@@ -847,7 +854,7 @@ def _stop_request(preset, data_dir, output_dir):
             asked.append(number)
             print('\nStopping: validating and saving. Ctrl-C again breaks it off.', flush=True)
         elif number == signal.SIGINT:
-            resume = command('resnet_train.py', '--resume', preset.timestamp, output_dir=output_dir, data_dir=data_dir)
+            resume = _resume_command(preset, output_dir, data_dir)
             print(f'\nBroken off. What was saved of step {preset.steps or 0:,} is whole; resume it with:\n  {resume}',
                   flush=True)
             sys.exit(128 + number)
@@ -884,9 +891,17 @@ def git_commit():
         return None
 
 
+def _rates(preset):
+    """The names of what makes a training diverge where it is too high."""
+    return ('lr', 'muon_lr') if preset.muon_lr else ('lr',)
+
+
 def _rate_flags(preset):
-    """The flags of what makes a training diverge."""
-    return '--lr and --muon_lr' if preset.muon_lr else '--lr'
+    return ' and '.join(f'--{name}' for name in _rates(preset))
+
+
+def _resume_command(preset, output_dir, data_dir, *words):
+    return command('resnet_train.py', '--resume', preset.timestamp, *words, output_dir=output_dir, data_dir=data_dir)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -1027,11 +1042,14 @@ def _to_resume(flags, overrides):
     for number in flags['preset'] or []:
         changes['preset'] = make_preset(number).preset
     changes = {name: value for name, value in changes.items() if value not in (AUTO, getattr(preset, name))}
-    rates = {name for name in changes if name in ('lr', 'muon_lr') and preset.status == 'diverged'}
+    rates = {name for name in changes if name in _rates(preset) and preset.status == 'diverged'}
     for name in changes:
         if name not in rates | {'num_epochs', 'max_steps'}:
             raise InputError(f'run {preset.timestamp} was started with {name} {getattr(preset, name)}, and is resumed '
                              f'with it; leave out --{name}')
+    if preset.status == 'diverged' and not rates:
+        raise InputError(f'run {preset.timestamp} diverged, and would again: resume it with a lower '
+                         f'{_rate_flags(preset)}')
     _extend(preset, {name: changes[name] for name in set(changes) - rates})
     _lower(preset, {name: changes[name] for name in rates})
     return preset
@@ -1083,8 +1101,9 @@ def _lower(preset, rates):
     """Gives a diverged run lower rates, and records those that it had."""
     for name, value in sorted(rates.items()):
         before = getattr(preset, name)
-        if value >= before:
-            raise InputError(f'run {preset.timestamp} diverged with {name} {before}: --{name} must be lower')
+        if not 0 < value < before:  # at muon_lr 0 SGD would train the kernels
+            raise InputError(f'run {preset.timestamp} diverged with {name} {before}: --{name} must be lower, and '
+                             'above 0')
         history = f'{name} {before:g} to step {preset.steps}'
         preset.update({name: value, 'rate_history': '; '.join(filter(None, [preset.rate_history, history]))})
 
@@ -1147,7 +1166,7 @@ def _left_alone(run, label, failures):
     if run is None or run.status in ('interrupted', 'training'):  # whoever trains it may be about to lose it
         return False
     print(f'{label.capitalize()}: run {run.timestamp} is on record, {state(run)}; --preset {run.name} --seed '
-          f'{run.seed} alone trains another')
+          f'{run.seed}, with the other hyperparameters as here, trains another')
     if run.status == 'diverged':
         failures.append(f'{label} diverged')
     return True

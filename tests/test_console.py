@@ -260,6 +260,10 @@ def test_training_from_the_weights_of_another_run(trained, tmp_path):
     status, _, err = run_script('resnet_train.py', '--preset', 4, '--max_steps', 1, '--init_from', source.timestamp,
                                 '--seed', 5, '--output_dir', output_dir)
     assert status == 2 and 'do not fit a ResNet56' in err and len(err.splitlines()) == 1
+    source.update(dict(num_residual_units=2, model='ResNet14'))  # a deeper one has all variables of a shallower
+    source.save(output_dir)
+    status, _, err = run_script('resnet_train.py', *flags, '--seed', 5)
+    assert status == 2 and 'a ResNet14, do not fit a ResNet8' in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize('flags, message', [

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 import data_helpers
+import resnet
 import resnet_eval
 import resnet_train
 import sample
 import torture
 from data_helpers import InputError
-from presets_and_results import (MODEL, RESUME, Preset, best_checkpoint, checkpoint_steps, load_preset, locked,
-                                 make_preset, read_preset)
+from presets_and_results import (MODEL, RESUME, Preset, best_checkpoint, check_output_dir, checkpoint_steps,
+                                 load_preset, locked, make_preset, read_preset)
+from resnet import tf
 from resnet_train import Checkpoints, Curves, Run, train
 
 WRITES = ((Preset, 'save'), (Preset, 'log'), (Checkpoints, 'save'), (Checkpoints, 'prune'), (Curves, 'flush'))
@@ -206,8 +208,34 @@ def test_a_diverged_run_resumes_from_its_good_checkpoint_at_a_lower_rate(cifar10
     preset.update(dict(status='diverged', max_steps=7))
     preset.save(str(tmp_path))
     flags = dict(preset=None, seeds=None, init_from=None, output_dir=str(tmp_path), resume=preset.timestamp)
-    with pytest.raises(InputError, match='diverged with lr 0.1: --lr must be lower'):
-        resnet_train._to_resume(flags, {'lr': '0.2'})
+    for rates, message in (({'lr': '0.2'}, 'diverged with lr 0.1: --lr must be lower, and above 0'),
+                           ({}, 'diverged, and would again: resume it with a lower --lr$'),
+                           ({'lr': '0.1'}, 'diverged, and would again: resume it with a lower --lr$')):
+        with pytest.raises(InputError, match=message):
+            resnet_train._to_resume(flags, rates)
     run = resnet_train._to_resume(flags, {'lr': '0.01'})
     assert (run.lr, run.rate_history) == (0.01, 'lr 0.1 to step 5')
     assert train(run, sample.SAMPLE_DIR, str(tmp_path), resume=True).status == 'complete'
+
+
+def test_a_lower_rate_leaves_the_optimizer_as_it_is(tmp_path):
+    check_output_dir(str(tmp_path))
+    make_preset('fast', timestamp=7, status='diverged', steps=704).save(str(tmp_path))
+    flags = dict(preset=None, seeds=None, init_from=None, output_dir=str(tmp_path), resume=7)
+    with pytest.raises(InputError, match='diverged with muon_lr 0.03: --muon_lr must be lower, and above 0'):
+        resnet_train._to_resume(flags, {'muon_lr': '0'})
+    run = resnet_train._to_resume(flags, {'muon_lr': '0.01'})
+    assert (run.lr, run.muon_lr, run.rate_history) == (0.8, 0.01, 'muon_lr 0.03 to step 704')
+
+
+@pytest.mark.parametrize('first, then', [(tf.bfloat16, tf.float16), (tf.float16, tf.bfloat16)])
+def test_a_run_goes_on_where_16_bits_are_others(first, then, cifar10, tmp_path, monkeypatch):
+    """As on a GPU, after a processor: float16 has a loss scale, bfloat16 has none."""
+    preset = make_preset(0, **dict(STEPS, mixed_precision=True, max_steps=2))
+    for kind in (first, then):
+        monkeypatch.setattr(resnet, 'half_precision', lambda: kind)
+        train(preset, sample.SAMPLE_DIR, str(tmp_path), resume=preset.timestamp is not None)
+        held = tf.train.NewCheckpointReader(preset.checkpoint_path(str(tmp_path), preset.steps))
+        assert held.has_tensor('loss_scale/scale') == (kind == tf.float16)
+        preset.update(dict(max_steps=4))
+    assert (preset.status, preset.steps) == ('complete', 4)

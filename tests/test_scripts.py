@@ -330,10 +330,14 @@ def test_damaged_curves_are_named_and_not_dropped(damage, cifar10, tmp_path):
         train(preset, sample.SAMPLE_DIR, str(tmp_path), resume=True)
     assert path.read_bytes() == content
     path.unlink()
-    preset = load_preset(str(tmp_path))
-    train(preset, sample.SAMPLE_DIR, str(tmp_path), resume=True)
-    assert preset.status == 'complete' and preset.early_stopping_epoch in checkpoint_steps(
-        preset.run_dir(str(tmp_path)))
+    best = load_preset(str(tmp_path)).early_stopping_epoch
+    for max_steps in (8, 10, 12):  # from the second time on there are validations again, and the best is not among them
+        preset = load_preset(str(tmp_path))
+        preset.update(dict(status='interrupted', max_steps=max_steps, val_accuracy=1.0))
+        preset.save(str(tmp_path))
+        train(preset, sample.SAMPLE_DIR, str(tmp_path), resume=True)
+        assert (preset.status, preset.early_stopping_epoch) == ('complete', best)
+        assert best in checkpoint_steps(preset.run_dir(str(tmp_path)))
 
 
 def test_a_record_that_claims_more_than_there_is_ends_the_curves(cifar10, tmp_path):
