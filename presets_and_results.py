@@ -176,8 +176,8 @@ HYPERPARAMETERS = tuple(  # have a flag of their name
 HOW_COMPUTED = ('seed', 'checkpoint_every', 'num_checkpoints', 'checkpoint_minutes', 'allow_soft_placement',
                 'log_device_placement', 'mixed_precision', 'xla')
 RECIPE = tuple(name for name in HYPERPARAMETERS if name not in HOW_COMPUTED)  # what a result depends on, chance apart
-LINEAR = ('schedule', 'linear')  # the other name of one-cycle, which suits it better without a warm-up
-ORIGIN = ('init_from', 'rate_history')  # so does it on these, which have no flag of a hyperparameter
+ORIGIN = ('init_from', 'rate_history')  # a result depends on these too; they are no hyperparameters
+LINEAR = ('schedule', 'linear')  # the other name of one-cycle, apt where there is no warm-up
 
 
 # ------------------------------------------------------------------------------ presets
@@ -659,16 +659,20 @@ def best_first(presets):
                                                -(preset.val_accuracy or 0), preset.timestamp))
 
 
+def unfinished(preset):
+    """'in training', 'interrupted' or 'diverged'; '' where the training came to its end."""
+    words = {'training': 'in training', 'interrupted': 'interrupted', 'diverged': 'diverged'}
+    return words.get(preset.status, '')
+
+
 def state(preset):
     """'in training', 'interrupted', 'diverged', 'trained' (to its end, not tested) or 'tested'."""
-    if preset.finished:
-        return 'tested'
-    return {'training': 'in training', 'complete': 'trained', None: 'trained'}.get(preset.status, preset.status)
+    return 'tested' if preset.finished else unfinished(preset) or 'trained'
 
 
 def is_shortened(preset):
-    """Whether a run saw fewer epochs than its preset asks for."""
-    if preset.steps is None or preset.preset not in PRESETS:
+    """Whether a run that is trained or tested, and not merely on its way, saw fewer epochs than its preset asks for."""
+    if preset.steps is None or preset.preset not in PRESETS or unfinished(preset) and not preset.finished:
         return False
     own = make_preset(preset.preset)
     epoch = steps_per_epoch(TRAINING_IMAGES, preset.batch_size)
@@ -677,12 +681,8 @@ def is_shortened(preset):
 
 def remark(preset):
     """What to know about a run before its figures are compared; '' where it was trained to its end and tested."""
-    remarks = [] if preset.finished else [state(preset)]
-    if preset.finished and preset.status not in ('complete', None):
-        remarks.append(preset.status)
-    if is_shortened(preset):
-        remarks.append('shortened')
-    return ', '.join(remarks)
+    stage = unfinished(preset) or ('' if preset.finished else 'trained')
+    return ', '.join(filter(None, [stage, 'shortened' if is_shortened(preset) else '']))
 
 
 def differences(preset):

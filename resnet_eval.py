@@ -423,7 +423,7 @@ def _export(flags):
     checkpoint = best_checkpoint(preset, flags.output_dir)
     if not flags.json:
         print(f'Run {_in_words(preset)}', flush=True)
-    formats = [flags.format] if flags.format else possible_formats()
+    formats = [flags.format] if flags.format else None
     card = export(preset, checkpoint, flags.export, flags.output_dir, formats, flags.force)
     if flags.json:
         print(json.dumps(card))
@@ -431,7 +431,7 @@ def _export(flags):
     for name in list(card['sha256']) + [CARD]:
         path = os.path.join(flags.export, name)
         print(f'written     {path}, {os.path.getsize(path):,} bytes')
-    if not flags.format and 'onnx' not in formats:
+    if not flags.format and ONNX not in card['sha256']:
         print(f'not written {os.path.join(flags.export, ONNX)}: {NO_ONNX}')
 
 

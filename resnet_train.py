@@ -9,7 +9,7 @@
 Where TF_CONFIG describes a cluster, its tasks share one training, a tower each.
 
 Ctrl-C once ends a training cleanly: validated, saved and recorded. Twice breaks it off. Any stopped run can be
-resumed: on a CPU, with the same TensorFlow, to the same weights to the last bit.
+resumed: on as many cores of a CPU, with the same TensorFlow, to the same weights to the last bit.
 """
 import argparse
 import collections

@@ -5,7 +5,7 @@ import os
 import statistics
 
 from data_helpers import InputError, event_records, warn, write_atomically
-from presets_and_results import RECIPE, is_shortened, make_preset, test_interval
+from presets_and_results import ORIGIN, RECIPE, is_shortened, make_preset, test_interval
 
 LARGEST_EVENTS = 1 << 22     # bytes of a file of validation curves; 700 validations take about 90,000
 LARGEST_EVENT = 1 << 16      # bytes of a point of a curve; it has about 40
@@ -64,7 +64,7 @@ def study_points(numbers, presets, predictions):
 
 def study_runs(number, presets):
     """Our runs of one of the study's presets that differ from it in nothing but their length."""
-    names = [name for name in RECIPE if name not in ('max_steps', 'num_epochs')]
+    names = [name for name in RECIPE + ORIGIN if name not in ('max_steps', 'num_epochs')]
     study = STUDY_2020[number]
     return [run for run in presets if run.preset == number
             and all(getattr(run, name) == getattr(study, name) for name in names)]

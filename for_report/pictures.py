@@ -20,7 +20,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from data_helpers import CLASSES, shortened
-from presets_and_results import NAMES, confusion_matrix, differences, recipe
+from presets_and_results import NAMES, confusion_matrix, differences, recipe, unfinished
 from for_report.evidence import (OURS, STUDY, STUDY_2020, network_stages, study_gaps, study_points, study_runs,
                                  study_series, write_report)
 
@@ -113,12 +113,6 @@ def lines_by_recipe(presets, curves):
             for runs in groups.values()]
 
 
-def unfinished(preset):
-    """'in training', 'interrupted' or 'diverged'; '' where the training came to its end."""
-    words = {'training': 'in training', 'interrupted': 'interrupted', 'diverged': 'diverged'}
-    return words.get(preset.status, '')
-
-
 def mean_test_accuracy(runs):
     """0 to 1, of those that are tested; None where none is."""
     tested = [run.test_accuracy for run in runs if run.finished]
@@ -154,7 +148,8 @@ def runs_figure(presets, curves):
         for line in lines[NAMED:]:
             axes.plot(line.steps, best_so_far(line).mean(0), color=THIN, linewidth=0.7)
         if len(lines) > NAMED:
-            axes.plot([], [], color=THIN, linewidth=0.7, label=f'{len(lines) - NAMED} more recipes')
+            more = len(lines) - NAMED
+            axes.plot([], [], color=THIN, linewidth=0.7, label='1 more recipe' if more == 1 else f'{more} more recipes')
         ends = [line.steps[-1] for line in lines]
         if ends and max(ends) >= LOG_SCALE_FROM * min(ends):
             _log_scale(axes)
@@ -467,7 +462,7 @@ def _draw_probabilities(axes, left, middle, probabilities):
     """A bar for each class, the likeliest in another colour."""
     places = middle + 0.63 - 0.14 * np.arange(len(probabilities))
     colours = [BLUE if p == probabilities.max() else SKY for p in probabilities]
-    axes.barh(places, 1.0 * probabilities, height=0.11, left=left, color=colours)
+    axes.barh(places, probabilities, height=0.11, left=left, color=colours)
     axes.plot([left] * 2, [middle - 0.72, middle + 0.72], color=FAINT, linewidth=0.6)
     for place, name, p in zip(places, CLASSES, probabilities):
         axes.text(left - 0.05, place, name, fontsize=6, ha='right', va='center')

@@ -118,7 +118,7 @@ def _fill_study(sheet, presets, predictions):
             ours = max(tested, key=lambda run: run.val_accuracy or 0)
             row += [ours.timestamp] + _study_results(ours, predictions) + [ours.steps, ours.device, remark(ours)]
         else:
-            row.append('not run')
+            row.append('none tested')
         rows.append(row)
     _fill(sheet, rows, headers=2)
     for title in ('D1:I1', 'J1:N1', 'O1:S1'):

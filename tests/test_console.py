@@ -303,9 +303,11 @@ def test_states_and_remarks():
                           (dict(status='complete', finished=True, test_accuracy=0.5), 'tested')):
         preset = make_preset(**run, **values)
         assert state(preset) == words and remark(preset) == ('' if words == 'tested' else words)
+        preset.update(dict(steps=99))  # on its way, or all that there will be
+        assert remark(preset) == {'trained': 'trained, shortened', 'tested': 'shortened'}.get(words, words)
     tested = dict(finished=True, test_accuracy=0.5)
     assert remark(make_preset(**run, status='interrupted', **tested)) == 'interrupted'
-    assert remark(make_preset(**dict(run, steps=99), status='complete', **tested)) == 'shortened'
+    assert remark(make_preset(**dict(run, steps=99), status='interrupted', **tested)) == 'interrupted, shortened'
 
 
 def test_shortened_is_by_the_preset_s_own_length():

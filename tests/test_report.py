@@ -150,7 +150,8 @@ def test_the_study_is_compared_where_one_thing_differs():
     runs = [a_run(3, 1, 0.86), a_run(3, 2, 0.88, seed=1), a_run(3, 3, 0.99, seed=1),  # a seed's first run counts
             a_run(3, 4, 0.99, max_steps=5000), a_run(3, 5, 0.99, num_epochs=9), a_run(3, 6, 0.99, lr=0.2),
             a_run(3, 7, 0.99, num_residual_units=5), a_run(3, 8), a_run(3, 9, 0.99, seed=2, steps=70399),
-            a_run(2, 10, 0.87), a_run(8, 11, 0.99)]
+            a_run(2, 10, 0.87), a_run(8, 11, 0.99), a_run(3, 12, 0.99, seed=3, init_from=11),
+            a_run(4, 13, status='training', steps=500)]
     old, ours = study_points([3, 2, 4], runs, {})[:3], study_points([3, 2, 4], runs, {})[3:]
     assert [(point.source, point.preset.preset, point.accuracy) for point in old] == [
         ('2020 study', 3, 0.8510), ('2020 study', 2, 0.8564), ('2020 study', 4, 0.8659)]
@@ -159,6 +160,7 @@ def test_the_study_is_compared_where_one_thing_differs():
     assert (ours[1].low, ours[1].high) == pytest.approx((0.8633, 0.8764), abs=2e-4)  # 0.87 +- 1.96 * 0.00336
     gaps = evidence.study_gaps([3, 2, 4], runs)
     assert 'to the end here: study4.' in gaps and 'study3 (70,399 of 70,400 steps, 99.0% on test)' in gaps
+    assert 'study4 (' not in gaps  # it is on its way
 
 
 # ------------------------------------------------------------------------------ curves
@@ -342,7 +344,7 @@ def test_the_workbook(reported):
     study = book.worksheets[1]
     assert study.title == '2020 study'
     rows = {row[0].value: [cell.value for cell in row] for row in study.iter_rows(min_row=3)}
-    assert rows[4][3:5] == [0.8812, 0.8659] and rows[4][7:9] == [222.3, 61600] and rows[4][9] == 'not run'
+    assert rows[4][3:5] == [0.8812, 0.8659] and rows[4][7:9] == [222.3, 61600] and rows[4][9] == 'none tested'
     assert rows[2][9:12] == [8, 0.99, 0.98]
 
 
