@@ -239,3 +239,12 @@ def test_a_run_goes_on_where_16_bits_are_others(first, then, cifar10, tmp_path, 
         assert held.has_tensor('loss_scale/scale') == (kind == tf.float16)
         preset.update(dict(max_steps=4))
     assert (preset.status, preset.steps) == ('complete', 4)
+
+
+def test_a_resume_elsewhere_says_that_results_differ(cifar10, tmp_path, capsys):
+    begun(tmp_path, max_steps=1)
+    resumed(tmp_path, max_steps=2)
+    assert 'by rounding' not in capsys.readouterr().out
+    resumed(tmp_path, max_steps=3, tensorflow_version='1.2.3', device='an abacus')
+    out = capsys.readouterr().out
+    assert 'trained by TensorFlow 1.2.3 on an abacus: from here the results differ by rounding\n' in out
