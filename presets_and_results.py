@@ -61,14 +61,12 @@ class Number(collections.namedtuple('Number', 'default type low high meaning')):
 
     def check(self, name, value):
         """Returns `value` (text from a flag, or a number) in the field's type, or raises InputError."""
-        try:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = self.type(value)
             whole = number == value or not isinstance(value, float)
-        except (TypeError, ValueError, OverflowError):
-            raise InputError(f'{name} must be {self.expected}, not {value!r}')
-        if not whole or not self.low <= number <= self.high:
-            raise InputError(f'{name} must be {self.expected}, not {value!r}')
-        return number
+            if whole and self.low <= number <= self.high:
+                return number
+        raise InputError(f'{name} must be {self.expected}, not {value!r}')
 
 
 class Switch(collections.namedtuple('Switch', 'default meaning')):

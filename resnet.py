@@ -732,11 +732,16 @@ def reach(address, device):
         return None
     config = tf.ConfigProto(operation_timeout_in_ms=1000 * ANSWER_PATIENCE, device_filters=[device])
     session = tf.Session(f'grpc://{address}', tf.Graph(), config)
+    return session if answers(session) else None
+
+
+def answers(session):
+    """Whether the process that `reach` has reached is still there."""
     try:
         session.list_devices()
-        return session
+        return True
     except tf.errors.OpError:
-        return None
+        return False
 
 
 def evaluate(net, session, images, labels, desc='testing'):

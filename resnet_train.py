@@ -201,9 +201,10 @@ class Cluster:
         """
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # it has nothing to save
         chief = self._reach(self.chief)
+        from resnet import answers
         self._listen()  # only now: the chief, which waits for that, begins when each of the two has reached the other
         print(f'At work for {self.chief}.', flush=True)
-        while _answers(chief):
+        while answers(chief):
             time.sleep(LOOK_EVERY)
         print('The chief has ended.', flush=True)
         data_helpers.leave()  # what it was computing for the chief would wait for that
@@ -225,12 +226,13 @@ class Cluster:
         The error says which, and what saved() returns. No exception could do it: the step that waits for the lost
         process may never return.
         """
+        from resnet import answers
         left, looking = threading.Event(), threading.Lock()
 
         def look():
             with looking:  # one thread reports
                 for task, session in self.sessions.items():
-                    if not _answers(session):
+                    if not answers(session):
                         data_helpers.leave(f'{task} does not answer any more, or was started again. {saved()}')
 
         def watch():
@@ -264,16 +266,6 @@ class Cluster:
             signal.signal(signal.SIGINT, before)
         raise InputError(f'{task} did not answer within {START_PATIENCE // 60} minutes; start it with the same command '
                          'line and cluster, and see that its port can be reached from here')
-
-
-def _answers(session):
-    """Whether the process that resnet.reach has reached is still there."""
-    from resnet import tf
-    try:
-        session.list_devices()
-        return True
-    except tf.errors.OpError:
-        return False
 
 
 def read_cluster(text):

@@ -13,16 +13,14 @@ FILTERS = (16, 16, 32, 64)   # of the first convolution, then of the three group
 KERNEL_AREA = 3 * 3
 
 STUDY_2020 = {  # as its report gave them: one Colab GPU, one seed each
-    1: make_preset(1, finished=True, timestamp=1601857360, val_accuracy=0.8666, test_accuracy=0.8592,
-                   training_time=135.8, early_stopping_epoch=68600),
-    2: make_preset(2, finished=True, timestamp=1601826199, val_accuracy=0.8684, test_accuracy=0.8564,
-                   training_time=295.2, early_stopping_epoch=56300),
-    3: make_preset(3, finished=True, timestamp=1601851629, val_accuracy=0.8596, test_accuracy=0.8510,
-                   training_time=94.6, early_stopping_epoch=50400),
-    4: make_preset(4, finished=True, timestamp=1601870034, val_accuracy=0.8812, test_accuracy=0.8659,
-                   training_time=222.3, early_stopping_epoch=61600),
-    5: make_preset(5, finished=True, timestamp=1601900363, val_accuracy=0.8760, test_accuracy=0.8635,
-                   training_time=485.9, early_stopping_epoch=61000)}
+    number: make_preset(number, finished=True, timestamp=timestamp, val_accuracy=validation, test_accuracy=test,
+                        training_time=minutes, early_stopping_epoch=step)
+    for number, timestamp, validation, test, minutes, step in (
+        (1, 1601857360, 0.8666, 0.8592, 135.8, 68600),
+        (2, 1601826199, 0.8684, 0.8564, 295.2, 56300),
+        (3, 1601851629, 0.8596, 0.8510, 94.6, 50400),
+        (4, 1601870034, 0.8812, 0.8659, 222.3, 61600),
+        (5, 1601900363, 0.8760, 0.8635, 485.9, 61000))}
 
 
 # ------------------------------------------------------------------------------ the study of 2020, beside ours

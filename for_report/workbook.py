@@ -87,8 +87,7 @@ def _fill_runs(sheet, presets, predictions):
     groups = [COLUMN_GROUPS.get(name) for name in header]
     rows = []
     for number, preset in enumerate(presets, 1):
-        remarks = ['best'] if number == 1 and preset.finished else []
-        remarks += [remark(preset)] if remark(preset) else []
+        remarks = filter(None, ['best' if number == 1 and preset.finished else '', remark(preset)])
         bounds = test_interval(preset, predictions) or (None, None)
         rows.append([number] + [getattr(preset, name) for name in COLUMNS]
                     + [*bounds, differences(preset), ', '.join(remarks)])
