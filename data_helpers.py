@@ -658,7 +658,8 @@ def _read_file(paths, suffix, name):
         return paths[name], content if suffix else _from_python_batch(content)
     except (OSError, InputError) as error:
         raise InputError(f'{paths[name]} cannot be read ({error}); expected is a file that in the binary layout has '
-                         f'SHA-256 {SHA256[name]}; remove the files beside it to have the data fetched anew')
+                         f'SHA-256 {SHA256[name]}; remove it and the files beside it to have the data fetched '
+                         'anew')
 
 
 def _from_python_batch(content):

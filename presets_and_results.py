@@ -13,6 +13,7 @@ Imports neither TensorFlow nor matplotlib nor openpyxl: a wrong flag is refused,
 """
 import collections
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -34,7 +35,7 @@ TEST_IMAGES = 10000                   # where a run's own predictions are not at
 RECORD_CLASSES = ('presets_and_results.Preset', '__main__.Preset')  # the latter from a notebook
 NUMPY_SCALARS = ('numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar', 'numpy.dtype')
 LARGEST_RECORD = 1 << 20              # bytes; a real one has about one thousand
-LONGEST_TEXT = 200                    # characters of an attribute
+LONGEST_TEXT = 1000                   # characters of an attribute
 LARGEST_PREDICTIONS = 1 << 20         # characters; 10,000 images take 40,000
 NEWEST, BEST = 'newest', 'best'       # in place of a timestamp
 AUTO = 'auto'                         # in place of true or false
@@ -376,6 +377,8 @@ def _as_text(value):
 def read_preset(path):
     """The Preset in a pickle. Raises InputError where it holds anything but plain or NumPy scalar values."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError('it is no file')  # a pipe's other end may never come
         with open(path, 'rb') as file:
             content = file.read(LARGEST_RECORD + 1)
         if len(content) > LARGEST_RECORD:
@@ -403,7 +406,8 @@ def _plain(name, value):
             dtype, data = value.args
             kind = dtype.args[0]
             order = dtype.state[1].replace('|', '=')
-            assert kind[0] in 'biuf'
+            if kind[0] not in 'biuf':
+                raise ValueError(kind)
             return np.frombuffer(data, order + kind, count=1)[0].item()
         except Exception:  # what a hostile pickle put in their places can raise anything
             raise InputError(f'{name} is no number')
@@ -493,15 +497,7 @@ def command(script, *words, output_dir=PROJECT_DIR, data_dir=None):
 
 def check_output_dir(output_dir, advice='name another with --output_dir'):
     """Makes the folders of the results. Raises InputError where they cannot be written, before hours are spent."""
-    path = os.path.abspath(output_dir)
-    globbed = [letter for letter in '*?[]' + '\\' * (os.sep != '\\') if letter in path]
-    if globbed:
-        raise InputError(f'TensorFlow cannot restore checkpoints from a folder with {globbed[0]} in its name, as in '
-                         f'{path}; name another with --output_dir')
-    try:
-        path.encode()
-    except UnicodeEncodeError:  # in the locale C, of a name with letters beyond ASCII
-        raise InputError(f'TensorFlow cannot use the folder {path} in this locale; set PYTHONUTF8=1 in the environment')
+    check_folder_name(output_dir)
     try:
         for folder in ('runs', 'INFOS', os.path.join('INFOS', 'pickles')):
             os.makedirs(os.path.join(output_dir, folder), exist_ok=True)
@@ -509,6 +505,20 @@ def check_output_dir(output_dir, advice='name another with --output_dir'):
     except OSError as error:
         raise InputError(f'cannot write to the output folder ({error}); {advice}')
     _tidy(output_dir)
+
+
+def check_folder_name(folder):
+    """Raises InputError where TensorFlow could not restore a checkpoint below a folder, because of its name."""
+    path = os.path.abspath(folder)
+    globbed = [letter for letter in '*?[]' + '\\' * (os.sep != '\\') if letter in path]
+    if globbed:
+        raise InputError(f'TensorFlow cannot restore checkpoints from a folder with {globbed[0]} in its name, as in '
+                         f'{path}; rename it, or name another with --output_dir')
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # of letters beyond ASCII in the locale C, or of bytes that are not UTF-8
+        raise InputError(f'TensorFlow cannot use the folder {path} in this locale; set PYTHONUTF8=1 in the '
+                         'environment, or rename it')
 
 
 def _tidy(output_dir):
@@ -588,9 +598,10 @@ def require_checkpoint(preset, output_dir):
         folder = os.path.join(preset.run_dir(output_dir), 'checkpoints')
         way_out = 'it is in training: test it later'
         if preset.status != 'training':
-            stopped = preset.status == 'interrupted'
-            words = ('--resume', preset.timestamp) if stopped else ('--preset', preset.preset)
-            way_out = f'train it with: {command("resnet_train.py", *words, output_dir=output_dir)}'
+            way_out = 'bring it back, or train another run'
+            if preset.status == 'interrupted' and os.path.isdir(preset.run_dir(output_dir)):
+                resume = command('resnet_train.py', '--resume', preset.timestamp, output_dir=output_dir)
+                way_out = f'train it with: {resume}'
         raise InputError(f'run {preset.timestamp} has no checkpoint to test in {folder}; {way_out}')
     return steps
 
@@ -604,6 +615,15 @@ def best_checkpoint(preset, output_dir):
         warn(f'the best checkpoint of run {preset.timestamp}, step {best}, is not there; taking the latest, step '
              f'{steps[-1]}')
     return preset.checkpoint_path(output_dir, steps[-1])
+
+
+def as_tested(preset, checkpoint, output_dir):
+    """The Preset, or one that is not tested where `checkpoint` is not its best: the test accuracy is another's."""
+    if checkpoint == preset.checkpoint_path(output_dir, preset.early_stopping_epoch):
+        return preset
+    preset = copy.copy(preset)
+    preset.finished = False
+    return preset
 
 
 # ------------------------------------------------------------------------------ test predictions
@@ -623,7 +643,7 @@ def load_predictions(presets, output_dir):
     predictions = {}
     for preset in presets:
         path = os.path.join(preset.run_dir(output_dir), PREDICTIONS)
-        if preset.finished and os.path.exists(path):
+        if preset.finished and os.path.isfile(path):
             try:
                 predictions[preset.timestamp] = _read_predictions(path, preset)
             except (OSError, ValueError, OverflowError) as error:
@@ -664,8 +684,8 @@ def unfinished(preset):
 
 
 def state(preset):
-    """'in training', 'interrupted', 'diverged', 'trained' (to its end, not tested) or 'tested'."""
-    return 'tested' if preset.finished else unfinished(preset) or 'trained'
+    """'in training', 'interrupted', 'diverged' (tested or not), 'trained' (to its end, not tested) or 'tested'."""
+    return unfinished(preset) or ('tested' if preset.finished else 'trained')
 
 
 def is_shortened(preset):

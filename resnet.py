@@ -693,10 +693,13 @@ def tower_devices(towers):
     return [f'/{kind}:{k}' for k in range(towers)]
 
 
-def make_session(preset, target=''):
-    """The one place where a session is made, on the current default graph; `target` is that of a cluster's server."""
+def make_session(preset, target='', log_placement=True):
+    """The one place where a session is made, on the current default graph; `target` is that of a cluster's server.
+
+    `log_placement` False overrules the preset's log_device_placement, which TensorFlow prints to stdout.
+    """
     config = tf.ConfigProto(allow_soft_placement=preset.allow_soft_placement,
-                            log_device_placement=preset.log_device_placement,
+                            log_device_placement=preset.log_device_placement and log_placement,
                             device_count={'CPU': preset.towers})
     config.gpu_options.allow_growth = True  # leaves the rest of the GPU's memory to others
     if preset.xla and KERNELS == 'GPU':

@@ -32,9 +32,10 @@ import data_helpers
 from data_helpers import (CLASSES, PROJECT_DIR, SIDE, UNFINISHED, ArgumentParser, InputError, Progress,
                           exit_on_input_error, printable, shortened, survives, text_width,
                           write_atomically)
-from presets_and_results import (BEST, NEWEST, RECIPE, best_checkpoint, check_output_dir, checkpoint_steps, command,
-                                 confusion_matrix, describe, load_predictions, load_preset, load_presets, locked,
-                                 no_runs, read_preset, require_checkpoint, save_predictions, test_interval)
+from presets_and_results import (BEST, NEWEST, RECIPE, as_tested, best_checkpoint, check_folder_name, check_output_dir,
+                                 checkpoint_steps, command, confusion_matrix, describe, load_predictions, load_preset,
+                                 load_presets, locked, no_runs, read_preset, require_checkpoint, save_predictions,
+                                 test_interval)
 # TensorFlow comes with `resnet`, matplotlib with `for_report.pictures`: imported where they are first needed.
 
 PREVIEW = 280  # pixels, of a person's image on the contact sheet
@@ -55,10 +56,11 @@ def restored(preset, checkpoint, use):
     The checkpoint may hold more variables than the network has. Raises InputError where it is
     damaged, or lacks variables of the preset's network.
     """
+    check_folder_name(os.path.dirname(checkpoint))
     from resnet import ResNet, make_session, reason, tf
     with tf.Graph().as_default():
         net = ResNet(preset, training=False)
-        with make_session(preset) as session:
+        with make_session(preset, log_placement=False) as session:
             if not survives(tf.train.NewCheckpointReader, checkpoint):
                 raise InputError(f'{checkpoint} is damaged: TensorFlow would end on it')
             try:
@@ -256,9 +258,23 @@ def _check_vacant(folder, force):
         return
     if not force:
         raise InputError(f'{folder} is there already; --force replaces an export')
-    if os.path.islink(folder) or not os.path.isdir(folder) or not os.path.isfile(os.path.join(folder, CARD)) \
-            or not {LABELS, CARD, *FORMATS.values()}.issuperset(os.listdir(folder)):
+    if os.path.islink(folder) or not _is_export(folder):
         raise InputError(f'{folder} is no export, or holds other files too, and is not replaced; name another folder')
+
+
+def _is_export(folder):
+    """Whether a folder holds an export's files, by its model.json, and no others."""
+    try:
+        with open(os.path.join(folder, CARD), encoding='utf-8') as file:
+            return {CARD, *json.load(file)['sha256']}.issuperset(_files_in(folder))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _files_in(folder):
+    """The paths of all files in a folder, relative to it and with slashes, sorted."""
+    return sorted(os.path.relpath(os.path.join(root, name), folder).replace(os.sep, '/')
+                  for root, _, names in os.walk(folder) for name in names)
 
 
 def _labels(preset):
@@ -298,13 +314,13 @@ def _write_saved_model(frozen, path):
     from resnet import reason, tf
     with tf.Graph().as_default(), tf.Session() as session:
         signature = tf.saved_model.predict_signature_def(*_with_signature(frozen, tf.uint8))
-        builder = tf.saved_model.Builder(path)
-        # Without the defaults: an older TensorFlow does not know all of a newer one's attributes.
-        builder.add_meta_graph_and_variables(session, [tf.saved_model.tag_constants.SERVING],
-                                             {'serving_default': signature}, strip_default_attrs=True)
         try:
+            builder = tf.saved_model.Builder(path)
+            # Without the defaults: an older TensorFlow does not know all of a newer one's attributes.
+            builder.add_meta_graph_and_variables(session, [tf.saved_model.tag_constants.SERVING],
+                                                 {'serving_default': signature}, strip_default_attrs=True)
             builder.save()
-        except tf.errors.OpError as error:
+        except (tf.errors.OpError, UnicodeError) as error:  # the latter of a folder's name
             raise OSError(reason(error))
 
 
@@ -346,9 +362,7 @@ WRITERS = {'savedmodel': _write_saved_model, 'tflite': _write_tflite, 'onnx': _w
 def _card(preset, checkpoint, labels, folder, output_dir):
     """What an export is and how to call it, of the formats in `folder`: a dictionary for JSON."""
     from resnet import tf
-    files = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    digests = {os.path.relpath(path, folder).replace(os.sep, '/'): data_helpers.sha256_of(path)
-               for path in sorted(files)}
+    digests = {name: data_helpers.sha256_of(os.path.join(folder, name)) for name in _files_in(folder)}
     interval = test_interval(preset, load_predictions([preset], output_dir))
     return {
         'run': preset.timestamp,
@@ -401,6 +415,7 @@ def main(arguments=None):
 def _classify(flags):
     preset = load_preset(flags.output_dir, flags.timestamp or BEST)
     checkpoint = best_checkpoint(preset, flags.output_dir)
+    preset = as_tested(preset, checkpoint, flags.output_dir)
     if not flags.json:
         print(f'By run {_in_words(preset)}', flush=True)
     _, _, problems = classify(preset, checkpoint, flags.images, flags.output_dir, flags.json)
@@ -421,6 +436,7 @@ def _in_words(preset):
 def _export(flags):
     preset = load_preset(flags.output_dir, flags.timestamp or BEST)
     checkpoint = best_checkpoint(preset, flags.output_dir)
+    preset = as_tested(preset, checkpoint, flags.output_dir)
     if not flags.json:
         print(f'Run {_in_words(preset)}', flush=True)
     formats = [flags.format] if flags.format else None
@@ -494,7 +510,7 @@ def _untested(output_dir):
         raise InputError(no_runs(output_dir))
     if not presets:
         print('No run is left to test')
-        tested = [preset for preset in runs if preset.finished]
+        tested = [preset for preset in runs if preset.finished and checkpoint_steps(preset.run_dir(output_dir))]
         if tested:
             retest = command('resnet_eval.py', '--timestamp', tested[-1].timestamp, output_dir=output_dir)
             print(f'To test the newest again: {retest}')

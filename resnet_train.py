@@ -36,8 +36,8 @@ from data_helpers import (PROJECT_DIR, UNFINISHED, ArgumentParser, InputError, P
                           event_records, exit_on_input_error, file_lock, survives, warn, write_atomically)
 from presets_and_results import (AUTO, CONSOLE_LOG, FIELDS, HOW_COMPUTED, HYPERPARAMETERS, LOCK, MODEL, NAMES, NEWEST,
                                  RECIPE, RESUME, TRAINING_IMAGES, Number, Switch, best_checkpoint, check_output_dir,
-                                 checked, command, load_preset, load_presets, locked, make_preset, read_preset, recipe,
-                                 start_run, state)
+                                 checked, command, load_preset, load_presets, locked, make_preset, no_runs, read_preset,
+                                 recipe, start_run, state)
 # TensorFlow comes with `resnet`, which is imported where it is first needed: a wrong flag is refused before.
 
 DECAY_STEPS = 24000       # training steps between decays of the learning rate
@@ -395,7 +395,7 @@ class Run:
     def _begin_record(self, resume):
         from resnet import device_name, tf
         preset = self.preset
-        self.resumed_from = (preset.tensorflow_version, preset.device) if resume else None
+        self.resumed_from = (preset.tensorflow_version, preset.device) if resume and preset.steps else None
         if not resume:
             preset.update(dict(val_accuracy=None, early_stopping_epoch=None, steps=None, training_time=None,
                                images_per_second=None, git_commit=git_commit()))
@@ -726,6 +726,8 @@ def trim(output_dir, timestamp=None):
     What stays is the best checkpoint without momentum, the curves, and a graph for the first run of each network.
     """
     presets = load_presets(output_dir)
+    if not presets:
+        raise InputError(no_runs(output_dir))
     chosen = None if timestamp is None else load_preset(output_dir, timestamp).timestamp
     networks = set()
     for preset in presets:
@@ -753,7 +755,7 @@ def _trim_run(preset, output_dir, with_graph):
     with tf.Graph().as_default():
         ResNet(preset, training=False)
         tf.train.get_or_create_global_step()
-        with make_session(preset) as session:
+        with make_session(preset, log_placement=False) as session:
             checkpoints = Checkpoints(preset, session, output_dir)
             try:
                 if _files_of(light) == [light + '.index']:  # a kill came between the two files
@@ -1101,7 +1103,7 @@ def _lower(preset, rates):
 
 
 def _train_one(preset, flags):
-    """Trains a Preset, or resumes it where it has steps. Ends the script with status 130 where Ctrl-C stopped it."""
+    """Trains a Preset, or resumes it where it has a timestamp. Exits with status 130 where Ctrl-C stopped it."""
     train(preset, flags['data_dir'], flags['output_dir'], preset.timestamp is not None, flags['cluster'])
     if preset.status == 'interrupted':
         sys.exit(130)

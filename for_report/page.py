@@ -14,7 +14,7 @@ import numpy as np
 
 from data_helpers import CLASSES, PROJECT_DIR, InputError
 from for_report.evidence import FILTERS, network_stages, write_report
-from presets_and_results import best_checkpoint, describe, test_interval
+from presets_and_results import as_tested, best_checkpoint, check_folder_name, describe, test_interval
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'page.html')
 BN_EPSILON = 0.001  # as in resnet.py
@@ -34,12 +34,14 @@ def write_page(preset, predictions, output_dir):
     Raises InputError where the file cannot be written.
     """
     try:
-        weights = _weights(preset, _read_checkpoint(best_checkpoint(preset, output_dir)))
+        checkpoint = best_checkpoint(preset, output_dir)
+        weights = _weights(preset, _read_checkpoint(checkpoint))
     except InputError as error:
         print(f'not drawn  demo.html: {error}')
         return
     network = dict(labels=CLASSES, classes=preset.num_classes, filters=FILTERS, units=preset.num_residual_units,
-                   slope=preset.relu_leakiness, description=_description(preset, predictions))
+                   slope=preset.relu_leakiness,
+                   description=_description(as_tested(preset, checkpoint, output_dir), predictions))
     with open(TEMPLATE, encoding='utf-8') as file:
         page = file.read()
     page = page.replace('NETWORK_AS_JSON', json.dumps(network, sort_keys=True).replace('<', r'\u003c'))
@@ -61,6 +63,7 @@ def _description(preset, predictions):
 
 def _read_checkpoint(path):
     """{name: array} of a checkpoint's variables. Raises InputError where they cannot be read."""
+    check_folder_name(os.path.dirname(path))
     try:
         # From the project's folder, because Python imports from the folder where it is started.
         done = subprocess.run([sys.executable, '-c', READ_CHECKPOINT, os.path.abspath(path)], cwd=PROJECT_DIR,

@@ -51,8 +51,8 @@ def difference_of_means(first, second):
     Takes two or more accuracies each, for example those of a recipe's seeds, which need not spread alike (Welch 1947).
     """
     from scipy.special import stdtrit
-    difference = float(np.mean(first) - np.mean(second))
-    squares = [np.var(sample, ddof=1) / len(sample) for sample in (first, second)]
+    difference = statistics.mean(first) - statistics.mean(second)  # exact: rounding would tell equal accuracies apart
+    squares = [statistics.variance(sample) / len(sample) for sample in (first, second)]
     total = sum(squares)
     if not total:
         return difference, difference, difference

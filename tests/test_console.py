@@ -306,7 +306,8 @@ def test_states_and_remarks():
         preset.update(dict(steps=99))  # on its way, or all that there will be
         assert remark(preset) == {'trained': 'trained, shortened', 'tested': 'shortened'}.get(words, words)
     tested = dict(finished=True, test_accuracy=0.5)
-    assert remark(make_preset(**run, status='interrupted', **tested)) == 'interrupted'
+    both = make_preset(**run, status='interrupted', **tested)
+    assert state(both) == remark(both) == 'interrupted'
     assert remark(make_preset(**dict(run, steps=99), status='interrupted', **tested)) == 'interrupted, shortened'
 
 
@@ -353,6 +354,8 @@ def test_json_of_the_table_of_a_test_and_of_images(tested, tmp_path):
     tested = shutil.copytree(tested, str(tmp_path / 'out'))
     Image.new('RGB', (9, 9)).save(str(tmp_path / 'a.png'))
     preset = load_preset(tested)
+    preset.update(dict(log_device_placement=True))  # TensorFlow would print the places of all operations
+    preset.save(tested)
     status, out, err = run_script('presets_and_results.py', '--json', '--output_dir', tested, tensorflow=False)
     (row,) = [json.loads(line) for line in out.splitlines()]
     assert (status, err) == (0, '') and row['timestamp'] == preset.timestamp and row['state'] == 'tested, shortened'
@@ -374,6 +377,11 @@ def test_json_of_the_table_of_a_test_and_of_images(tested, tmp_path):
 
 
 # ------------------------------------------------------------------------------ a light repository
+
+def test_without_runs_there_is_nothing_to_trim(tmp_path):
+    with pytest.raises(InputError, match='there are no runs in'):
+        resnet_train.trim(str(tmp_path))
+
 
 def test_a_trimmed_run_keeps_what_it_is_worth(tested, tmp_path):
     output_dir = str(tmp_path / 'out')

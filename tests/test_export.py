@@ -230,7 +230,8 @@ def test_flags_that_need_an_export(flags, output_dir, capsys):
 def test_what_is_there_is_replaced_by_force_alone(output_dir, tmp_path, capsys):
     folder = tmp_path / 'network'
     folder.mkdir()
-    for name in ('model.json', 'labels.txt', 'model.onnx'):
+    (folder / 'model.json').write_text('{"sha256": {"labels.txt": "", "model.onnx": ""}}')
+    for name in ('labels.txt', 'model.onnx'):
         (folder / name).write_text('old')
     flags = ['--export', folder, '--format', 'savedmodel', '--output_dir', output_dir]
     assert run_eval(*flags) == 2 and '--force' in capsys.readouterr().err
@@ -241,15 +242,45 @@ def test_what_is_there_is_replaced_by_force_alone(output_dir, tmp_path, capsys):
     assert os.listdir(str(tmp_path)) == ['network']
 
 
-@pytest.mark.parametrize('content', ['thesis.docx', 'labels.txt'])
-def test_force_replaces_nothing_but_exports(content, output_dir, tmp_path, capsys):
-    folder = tmp_path / 'network'
-    folder.mkdir()
-    for name in ('model.json', content) if content == 'thesis.docx' else (content,):
-        (folder / name).write_text('mine')
-    status = run_eval('--force', '--export', folder, '--format', 'savedmodel', '--output_dir', output_dir)
+@pytest.mark.parametrize('card, mine', [
+    ('{"sha256": {"labels.txt": ""}}', 'thesis.docx'), (None, 'labels.txt'), ('{"my": "model"}', 'model.onnx'),
+    ('no JSON', 'labels.txt'), ('[]', 'labels.txt'),
+    ('{"sha256": {"saved_model/saved_model.pb": ""}}', 'saved_model/assets.extra/requests')])
+def test_force_replaces_nothing_but_exports(card, mine, output_dir, tmp_path, capsys):
+    path = tmp_path / 'network' / mine
+    path.parent.mkdir(parents=True)
+    path.write_text('mine')
+    if card is not None:
+        (tmp_path / 'network' / 'model.json').write_text(card)
+    status = run_eval('--force', '--export', tmp_path / 'network', '--format', 'savedmodel', '--output_dir', output_dir)
     assert status == 2 and 'is no export' in capsys.readouterr().err
-    assert (folder / content).read_text() == 'mine' and os.listdir(str(tmp_path)) == ['network']
+    assert path.read_text() == 'mine' and os.listdir(str(tmp_path)) == ['network']
+
+
+def test_another_checkpoint_has_not_the_best_one_s_accuracy(output_dir, tmp_path, capsys):
+    folder, network = str(tmp_path / 'records'), str(tmp_path / 'network')
+    shutil.copytree(output_dir, folder)
+    preset = load_preset(folder)
+    preset.update(dict(early_stopping_epoch=preset.early_stopping_epoch + 1))
+    preset.save(folder)
+    page.write_page(preset, {}, folder)
+    with open(os.path.join(folder, 'for_report', 'demo.html'), encoding='utf-8') as file:
+        assert f'run {preset.timestamp}, not tested' in file.read()
+    assert preset.finished and run_eval('--export', network, '--format', 'tflite', '--output_dir', folder) == 0
+    out, err = capsys.readouterr()
+    assert 'not tested' in out and '80.00%' not in out and 'taking the latest' in err
+    with open(os.path.join(network, 'model.json')) as file:
+        card = json.load(file)
+    assert [card[name] for name in ('test_accuracy', 'interval_95', 'test_accuracy_mirrored')] == [None] * 3
+
+
+def test_a_folder_that_tensorflow_would_glob_is_not_called_damage(output_dir, tmp_path, capsys):
+    folder = str(tmp_path / 'a[1]')
+    shutil.copytree(output_dir, folder)
+    assert run_eval('--export', tmp_path / 'network', '--output_dir', folder) == 2
+    page.write_page(load_preset(folder), {}, folder)
+    for said in capsys.readouterr():
+        assert 'with [ in its name' in said and 'damaged' not in said
 
 
 def test_a_folder_that_cannot_be_written(output_dir, tmp_path, capsys):
@@ -454,6 +485,20 @@ def test_a_picture_is_dropped(visit, tmp_path):
     visited.evaluate(DROP, list((tmp_path / 'a.png').read_bytes()))
     shown, problem = answer(visited)
     assert (shown['name'], problem) == ('dropped.png', '') and asked == [visited.url]
+
+
+def test_the_picture_dropped_last_stays(visit, tmp_path):
+    smooth(64, 64, 3).save(str(tmp_path / 'a.png'))
+    last = visit[0].evaluate("""async content => {
+      const read = readImage;
+      readImage = async file => {
+        if (file.name === 'slow.png') await new Promise(resolve => setTimeout(resolve, 200));
+        return read(file);
+      };
+      await Promise.all(['slow.png', 'quick.png'].map(name => show(new File([Uint8Array.from(content)], name))));
+      return answer.name;
+    }""", list((tmp_path / 'a.png').read_bytes()))
+    assert last == 'quick.png'
 
 
 @pytest.mark.parametrize('content, problem', [([1, 2, 3], 'no picture that this browser can read'),

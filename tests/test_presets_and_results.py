@@ -137,7 +137,7 @@ class Touch:
     ({'a\x1b[2J': []}, r'a\?\[2J is of type list'),
     ({'timestamp': '../../etc'}, 'timestamp'), ({'lr': 'abc'}, 'lr'),
     ({'seed': None}, 'seed must be a whole number .* not None'), ({'val_accuracy': np.complex64(1)}, 'val_accuracy'),
-    ({'device': Preset()}, 'device')])
+    ({'device': Preset()}, 'device'), ({'device': np.str_('a')}, 'device is no number')])
 def test_anything_but_plain_values_is_refused_by_name(state, message, tmp_path, capsys):
     old_pickle(tmp_path, name='1_7', timestamp=7)
     bad = old_pickle(tmp_path, state=state)
@@ -146,6 +146,13 @@ def test_anything_but_plain_values_is_refused_by_name(state, message, tmp_path, 
     assert str(bad) in str(error.value)
     assert [preset.timestamp for preset in load_presets(str(tmp_path))] == [7]
     assert str(bad) in capsys.readouterr().err
+
+
+def test_a_pipe_is_no_record(tmp_path, capsys):
+    old_pickle(tmp_path, name='1_7', timestamp=7)
+    os.mkfifo(str(tmp_path / 'INFOS' / 'pickles' / '1_8.pickle'))  # reading it would wait for ever
+    assert [preset.timestamp for preset in load_presets(str(tmp_path))] == [7]
+    assert '1_8.pickle is refused: it is no file' in capsys.readouterr().err
 
 
 def test_a_pickle_runs_no_code(tmp_path):

@@ -180,7 +180,16 @@ def test_runs_without_a_checkpoint_are_named_with_the_way_out(cifar10, tmp_path,
         with locked(preset, str(tmp_path)) if held else contextlib.ExitStack(), pytest.raises(SystemExit):
             resnet_eval.main(flags)
         assert message in capsys.readouterr().err
-    preset.update(dict(status='diverged'))
+    preset.update(dict(status='complete'))
+    preset.save(str(tmp_path))
+    with pytest.raises(SystemExit):
+        resnet_eval.main(flags)
+    assert 'bring it back, or train another run' in capsys.readouterr().err
+    preset.update(dict(finished=True, test_accuracy=0.5))
+    preset.save(str(tmp_path))
+    resnet_eval.main(flags)
+    assert capsys.readouterr().out == 'No run is left to test\n'
+    preset.update(dict(status='diverged', finished=False))
     preset.save(str(tmp_path))
     capsys.readouterr()
     resnet_eval.main(flags)

@@ -48,6 +48,7 @@ def test_difference_of_means_by_hand():
     # Variances 2 and 2 of 2 each: 2 degrees of freedom, t = 4.302653, standard error sqrt(2).
     assert difference_of_means([1, 3], [2, 4]) == pytest.approx((-1, -1 - 6.0848690, -1 + 6.0848690), abs=1e-5)
     assert difference_of_means([0.5, 0.5], [0.25, 0.25]) == (0.25, 0.25, 0.25)
+    assert difference_of_means([0.1] * 8, [0.1] * 7) == (0, 0, 0)  # rounding must not make a difference of none
 
 
 def test_it_starts_fast():
