@@ -958,7 +958,8 @@ def _parser(arguments):
                              f'Alone: the one that ${" or $".join(TASK_VARIABLES)} tells')
     parser.add_argument('--init_from', metavar='TIMESTAMP', help="start from the weights of this run's best checkpoint")
     parser.add_argument('--trim', nargs='?', const=ALL, metavar='TIMESTAMP',
-                        help='drop what only resuming needs from this run, or from all that are tested, and end')
+                        help='drop what only resuming needs from this run, or from all that are trained to their '
+                             'end and tested, and end')
     group = parser.add_argument_group("hyperparameters, in place of the preset's")
     for name in HYPERPARAMETERS:
         field = FIELDS[name]
