@@ -699,8 +699,8 @@ def is_shortened(preset):
 
 def remark(preset):
     """What to know about a run before its figures are compared; '' where it was trained to its end and tested."""
-    stage = unfinished(preset) or ('' if preset.finished else 'trained')
-    return ', '.join(filter(None, [stage, 'shortened' if is_shortened(preset) else '']))
+    stage = [state(preset)] if state(preset) != 'tested' else []
+    return ', '.join(stage + ['shortened'] * is_shortened(preset))
 
 
 def differences(preset):

@@ -30,8 +30,7 @@ from PIL import Image
 
 import data_helpers
 from data_helpers import (CLASSES, PROJECT_DIR, SIDE, UNFINISHED, ArgumentParser, InputError, Progress,
-                          exit_on_input_error, printable, shortened, survives, text_width,
-                          write_atomically)
+                          exit_on_input_error, printable, shortened, survives, text_width, write_atomically)
 from presets_and_results import (BEST, NEWEST, RECIPE, as_tested, best_checkpoint, check_folder_name, check_output_dir,
                                  checkpoint_steps, command, confusion_matrix, describe, load_predictions, load_preset,
                                  load_presets, locked, no_runs, read_preset, require_checkpoint, save_predictions,
